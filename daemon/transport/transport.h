@@ -1,0 +1,100 @@
+// How bytes get from shards to parameters: one interface for shm, ipc, nccl and stream, with the
+// same windows and the same failure semantics.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "daemon/base/clock.h"
+#include "daemon/base/status.h"
+#include "daemon/layout/tensor_layout.h"
+#include "daemon/plan/transfer_plan.h"
+
+namespace weightd {
+
+/// Memory of one shard or one parameter as this process sees it.
+struct Binding {
+  std::byte* base = nullptr;  ///< first element; nullptr when staged (or opaque, or aliased)
+  Dims strides;               ///< in elements, one per dimension
+  bool staged = false;        ///< no mapped memory: read through StagedSource
+};
+
+/// One engine rank of a plan, bound to memory.
+struct BoundTarget {
+  const RankLayout* layout = nullptr;
+  const RankPlan* plan = nullptr;
+  std::vector<Binding> params;  ///< one per layout->params
+  std::string label;            ///< for messages, e.g. "engine e0 tp 1"
+};
+
+/// A plan bound to this process's mappings.
+/// Lifetime: everything pointed to outlives every call that takes the plan.
+struct BoundPlan {
+  const TensorTable* table = nullptr;
+  std::span<const RankShards> shards;         ///< per actor rank
+  std::vector<std::vector<Binding>> sources;  ///< [actor rank][position in its box_index]
+  std::vector<BoundTarget> targets;
+};
+
+/// Where staged shards come from (a client that copies into a ring).
+class StagedSource {
+ public:
+  virtual ~StagedSource() = default;
+  /// Largest part that one Fetch may ask for.
+  virtual uint64_t max_part_bytes() const = 0;
+  /// Blocks until `part` (relative to the origin of the box) of the shard is contiguous and
+  /// row-major at the returned address, in the tensor's dtype; it stays there until the next Fetch
+  /// from the same rank. Called by one thread. \error UNAVAILABLE PEER_LOST, DEADLINE_EXCEEDED
+  /// DEADLINE, CANCELLED
+  virtual StatusOr<const std::byte*> Fetch(uint32_t rank, uint32_t tensor, uint32_t shard,
+                                           const Box& part) = 0;
+};
+
+/// What a running step obeys and reports to.
+struct RunControl {
+  const std::atomic<bool>* cancelled = nullptr;  ///< checked at every window
+  Clock::time_point deadline = Clock::time_point::max();
+  StagedSource* staged = nullptr;  ///< may be nullptr if nothing is staged
+  /// Called after each window: (windows done, bytes landed so far, first parameter of the next
+  /// window).
+  std::function<void(uint32_t, uint64_t, const std::string&)> on_window;
+};
+
+/// Digest words of one engine rank: words[i] belongs to source tensor tensors[i] (ascending); the
+/// last word is the zero fill's.
+struct RankDigests {
+  std::vector<uint32_t> tensors;
+  std::vector<uint64_t> words;
+  bool operator==(const RankDigests&) const = default;
+};
+
+/// Thread safety: one call at a time per object.
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  /// "shm", "ipc", "nccl" or "stream".
+  virtual std::string_view name() const = 0;
+
+  /// Copies every window of targets[target] and returns the digests of the sources as cast. Blocks.
+  /// On an error some windows may have landed. \error CANCELLED CANCELLED, DEADLINE_EXCEEDED
+  /// DEADLINE, UNAVAILABLE PEER_LOST
+  virtual StatusOr<RankDigests> Transfer(const BoundPlan& plan, size_t target,
+                                         RunControl& control) = 0;
+
+  /// Digests the memory of targets[target], read anew. Blocks.
+  virtual StatusOr<RankDigests> Verify(const BoundPlan& plan, size_t target,
+                                       RunControl& control) = 0;
+
+  /// Digest word of one shard in its own dtype, for check_replicas. Blocks.
+  virtual StatusOr<uint64_t> DigestShard(const BoundPlan& plan, uint32_t rank, uint32_t tensor,
+                                         uint32_t shard, RunControl& control) = 0;
+};
+
+}  // namespace weightd
