@@ -148,6 +148,8 @@ Status DataChannel::Send(const v1::DataFrame& frame, Clock::time_point deadline,
       sent += static_cast<size_t>(count);
     } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
       WEIGHTD_RETURN_IF_ERROR(WaitFor(POLLOUT, deadline, "write"));
+    } else if (errno == ETOOMANYREFS && Clock::now() < deadline) {
+      ::poll(nullptr, 0, 1);  // too many descriptors in flight: the receiver has to take some first
     } else if (errno != EINTR) {
       return PeerGone(errno);
     }
