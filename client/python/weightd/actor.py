@@ -1,0 +1,330 @@
+"""A trainer rank: registers its shards once and syncs versions into the engines."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import threading
+import weakref
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
+
+from weightd import _group, _marshal, _memory, _native
+from weightd._source import NameMap, Source, module_pairs, named_pairs
+from weightd.ack import Ack
+from weightd.errors import UNIMPLEMENTED, Error, UnsupportedError, layout_error, state_error
+
+_SLICE_MS = 100
+_CANCEL_SLICES = 100
+
+NamedTensors = Union[Mapping[str, Any], Iterable[tuple[str, Any]]]
+
+
+class Actor:
+    """One rank of a trainer.
+
+    Every rank makes one and calls `register` and `sync` alike; no call takes part in a collective
+    of the trainer, except that the constructor shares a group id through torch.distributed.
+
+    Args:
+        address: ``unix:/path`` or ``host:port``; None reads ``WEIGHTD_ADDRESS``, then the default.
+        model: key of the model; engines use the same.
+        rank: this rank; None asks torch.distributed, or is 0 where that is not initialised.
+        world_size: ranks of the trainer; None as for ``rank``.
+        group: id from `weightd.new_group`, equal on all ranks; None shares one.
+        engines: engines to drive; must be empty, the engine drivers are not in this build.
+        connect_timeout: seconds to wait for the daemon.
+
+    Raises:
+        errors.UnavailableError: no daemon answers.
+        errors.GroupError: rank, world size and group do not fit together.
+        errors.ProtocolError: daemon and library are of different generations.
+    """
+
+    def __init__(
+        self,
+        address: Optional[str] = None,
+        *,
+        model: str,
+        rank: Optional[int] = None,
+        world_size: Optional[int] = None,
+        group: Optional[str] = None,
+        engines: Sequence[Any] = (),
+        connect_timeout: float = 10.0,
+    ) -> None:
+        if len(engines) > 0:
+            raise UnsupportedError(
+                f"engine drivers are not in this build: engines={len(engines)}",
+                code=UNIMPLEMENTED,
+                reason="DRIVER",
+                remedy="leave engines empty and pause the engines around sync() yourself",
+            )
+        lib = _native.library()
+        self.group = _group.resolve(group, rank, world_size)
+        options = _native.ActorOptions(
+            _native.encode(address),
+            _native.encode(model),
+            _native.encode(self.group.id),
+            self.group.order,
+            self.group.rank,
+            self.group.world_size,
+            max(1, int(connect_timeout * 1000)),
+        )
+        handle = ctypes.c_void_p()
+        _native.check(lib.weightd_actor_open(ctypes.byref(options), ctypes.byref(handle)))
+        self.model = model
+        self._lib = lib
+        self._handle = handle.value
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._source: Optional[Source] = None  # what register() was given
+        self._described: Optional[Source] = None  # what the daemon knows now
+        self._staged: Optional[Source] = None  # keeps tensors of sync(tensors=) alive
+        self._version = 0
+        self._replicas_checked = False
+        self._close = weakref.finalize(
+            self, _native.close_handle, "actor", self._handle, self._pid, self._lock, None
+        )
+
+    def register(
+        self, tensors: Union[Any, NamedTensors], name_map: Optional[NameMap] = None
+    ) -> None:
+        """Describes this rank's shards and lends their memory; replaces an earlier registration.
+
+        Args:
+            tensors: a module (its ``state_dict()`` is read, FSDP2 modules are resharded), a mapping
+                or (name, tensor) pairs. A DTensor is this rank's box; a plain tensor is all of it,
+                held alike by every rank. References are kept until `close` or the next `register`.
+            name_map: dict or callable from stripped name to engine-side source name; None as a
+                value leaves the tensor out.
+
+        Raises:
+            errors.LayoutError: names, placements, shapes or dtypes; names the tensor.
+            errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
+            errors.UnsupportedError: a tensor is not in host memory.
+        """
+        with self._exclusive():
+            module = tensors if hasattr(tensors, "state_dict") else None
+            pairs = (
+                module_pairs(module, name_map)
+                if module is not None
+                else named_pairs(tensors, name_map)
+            )
+            source = Source(pairs, module)
+            self._source = self._described = None
+            self._lend(source)
+            self._source = source
+
+    def sync(
+        self,
+        version: Optional[int] = None,
+        *,
+        tensors: Optional[NamedTensors] = None,
+        require: Union[str, int] = "all",
+        check_replicas: Optional[bool] = None,
+    ) -> Ack:
+        """Moves one version into the engines. Every rank calls it alike. Blocks; answers Ctrl-C.
+
+        Args:
+            version: > every version consumed so far; None is one more than the last acknowledged.
+            tensors: the complete set of tensors of this version, staged, for what exists only now
+                (merged LoRA, FSDP1, exported weights). None syncs what was registered.
+            require: ``"all"`` or how many replicas must commit.
+            check_replicas: compare replicated shards first; None does so until the first success.
+
+        Returns:
+            The acknowledgement: verified in all committed replicas and published there.
+
+        Raises:
+            errors.Error: one class per kind of failure, with the outcome of every replica in
+                ``result``. KeyboardInterrupt cancels the sync on all ranks and is raised again.
+        """
+        with self._exclusive():
+            number = self._next_version(version)
+            options = _native.SyncOptions(
+                version=number,
+                require_replicas=_require(require),
+                check_replicas=int(
+                    not self._replicas_checked if check_replicas is None else check_replicas
+                ),
+            )
+            try:
+                refusal = self._prepare(tensors, options)
+            except Error as error:
+                if self._described is None:
+                    raise
+                refusal = error
+            try:
+                ack = self._run(options, refusal)
+            except Error as error:
+                if error.result is not None and any(r.committed for r in error.result.replicas):
+                    self._version = max(self._version, number)
+                if refusal is None or error.reason == refusal.reason:
+                    raise
+                raise refusal from error
+            if refusal is not None:
+                raise refusal
+            self._version = number
+            self._replicas_checked = self._replicas_checked or bool(options.check_replicas)
+            return ack
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The connection and the sync in progress: connected, registered, phase, bytes_done, ..."""
+        self._check_usable()
+        return json.loads(_native.take_string(self._lib.weightd_actor_state(self._handle)))
+
+    def cancel(self) -> None:
+        """Asks the daemon to stop the running sync, which raises CancelledError. Any thread."""
+        self._check_usable()
+        self._lib.weightd_actor_sync_cancel(self._handle)
+
+    def close(self) -> None:
+        """Takes the lent memory back and leaves. A running sync is cancelled first. Idempotent."""
+        if not self._close.alive or os.getpid() != self._pid:
+            return
+        self._close()
+        self._source = self._described = self._staged = None
+
+    def __enter__(self) -> Actor:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    def _prepare(
+        self, tensors: Optional[NamedTensors], options: _native.SyncOptions
+    ) -> Optional[Error]:
+        """Makes what the daemon knows fit this sync; returns why this rank refuses, if it does."""
+        if tensors is not None:
+            source = Source(named_pairs(tensors))
+            if self._described is None or self._described.layout_key != source.layout_key:
+                self._described = None
+                array = _marshal.tensor_array(source.layout, None)
+                self._register_native(array, len(source.layout))
+            self._described = self._staged = source
+            staged = _marshal.staged_array(source.layout)
+            options.staged = ctypes.cast(staged, ctypes.POINTER(_native.Staged))
+            options.num_staged = staged.count
+            options.keep_alive = staged
+            return None
+        if self._source is None:
+            raise state_error(
+                "nothing is registered",
+                reason="NOT_REGISTERED",
+                remedy="call register() first, or pass tensors= to sync()",
+            )
+        refusal = self._source.moved()
+        if refusal is None and self._described is not self._source:
+            self._lend(self._source)
+        return refusal
+
+    def _lend(self, source: Source) -> None:
+        """Shares the memory of a source in place and registers it."""
+        locals_ = [(local.name, tensor) for local in source.layout for _, tensor in local.shards]
+        shared = _memory.share(locals_)
+        source.refresh()
+        array = _marshal.tensor_array(source.layout, shared)
+        self._described = None
+        self._register_native(array, len(source.layout))
+        self._described = source
+
+    def _register_native(self, array: ctypes.Array, count: int) -> None:
+        _native.check(self._lib.weightd_actor_register(self._handle, array, count))
+
+    def _run(self, options: _native.SyncOptions, refusal: Optional[Error]) -> Ack:
+        """Runs one sync to its end. Leaves no sync running, whatever happens."""
+        if refusal is not None:
+            options.staged, options.num_staged = None, 0
+            options.refuse_reason = _native.encode(refusal.reason)
+            options.refuse_message = _native.encode(refusal.message)
+            options.refuse_tensor = _native.encode(refusal.tensor)
+            options.refuse_remedy = _native.encode(refusal.remedy)
+        _native.check(self._lib.weightd_actor_sync_begin(self._handle, ctypes.byref(options)))
+        try:
+            while True:
+                ended, ack = self._wait_slice()
+                if ended:
+                    return ack
+        except Error:
+            raise
+        except BaseException:
+            self._cancel_and_drain()
+            raise
+
+    def _wait_slice(self) -> tuple[bool, Optional[Ack]]:
+        """Waits one slice, so that signals are answered; (True, ack) when the sync has ended."""
+        result, error = ctypes.c_void_p(), ctypes.c_void_p()
+        ended = self._lib.weightd_actor_sync_wait(
+            self._handle, _SLICE_MS, ctypes.byref(result), ctypes.byref(error)
+        )
+        if not ended:
+            return False, None
+        text = _native.take_string(result.value)
+        _native.check(error.value)
+        return True, Ack.from_json(text)
+
+    def _cancel_and_drain(self) -> None:
+        """Cancels the running sync and waits, for at most ten seconds, until it has ended."""
+        self._lib.weightd_actor_sync_cancel(self._handle)
+        for _ in range(_CANCEL_SLICES):
+            try:
+                if self._wait_slice()[0]:
+                    return
+            except Error:
+                return
+
+    def _next_version(self, version: Optional[int]) -> int:
+        if version is None:
+            return self._version + 1
+        if isinstance(version, bool) or not isinstance(version, int) or not 0 < version < 2**64:
+            raise layout_error(
+                f"version is not a positive 64-bit integer: {version!r}",
+                reason="STALE_VERSION",
+                remedy="count versions from 1, or leave version out",
+            )
+        return version
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        self._check_usable()
+        if not self._lock.acquire(blocking=False):
+            raise state_error(
+                "another call on this actor is running",
+                reason="BUSY",
+                remedy="use one thread per actor, or wait for the call to return",
+            )
+        try:
+            self._check_usable()
+            yield
+        finally:
+            self._lock.release()
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise state_error(
+                "the actor was made before fork()",
+                reason="FORKED",
+                remedy="make the Actor in the process that uses it",
+            )
+        if not self._close.alive:
+            raise state_error("the actor is closed", reason="CLOSED", remedy="make a new Actor")
+
+
+def _require(require: Union[str, int]) -> int:
+    if require == "all":
+        return 0
+    if isinstance(require, int) and not isinstance(require, bool) and 0 < require < 2**32:
+        return require
+    raise layout_error(
+        f"require is neither 'all' nor a positive number: {require!r}",
+        reason="CONFIG",
+        remedy='use require="all" or the number of replicas that must commit',
+    )

@@ -1,0 +1,371 @@
+"""A rank of an inference engine: lends its parameters and is then driven by the daemon."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import threading
+import time
+import weakref
+from types import TracebackType
+from typing import Any, Callable, Iterable, Mapping, Optional, Union
+
+from weightd import _memory, _native
+from weightd._layout import LocalTensor, describe
+from weightd._marshal import fill_memory
+from weightd._source import named_pairs
+from weightd.errors import (
+    DEADLINE_EXCEEDED,
+    FAILED_PRECONDITION,
+    UNIMPLEMENTED,
+    DeadlineError,
+    PoisonedError,
+    StateError,
+    UnsupportedError,
+    layout_error,
+    state_error,
+)
+
+_SLICE_MS = 100
+_KIND_RAW = 1
+
+Quiesce = Callable[[], None]
+Commit = Callable[[], Optional[Iterable[str]]]
+
+
+class EngineRank:
+    """One rank of an engine that weightd writes into.
+
+    Args:
+        address: ``unix:/path`` or ``host:port``; None reads ``WEIGHTD_ADDRESS``, then the default.
+        model: key of the model; the trainer uses the same.
+        engine: instance name, shared by the ranks of one engine and kept over restarts.
+        architecture: Hugging Face architecture, e.g. ``LlamaForCausalLM``.
+        config: Hugging Face config, a mapping or an object with ``to_dict()``.
+        params: (name, tensor) pairs or a mapping of this rank's CPU parameters, in the engine's
+            layout. Their storages move into shared memory in place; names that share storage,
+            offset and shape are registered as one parameter with aliases. References are kept.
+        profile: naming and merging convention of the engine.
+        tp_rank, tp_size, pp_rank, pp_size, ep_rank, ep_size, dp_rank: coordinates of this rank.
+        quiesce: called on a thread of this object before memory is written; returns when nobody
+            reads the parameters any more. Raising leaves this replica untouched.
+        commit: called on the same thread after verification; returns names of caches that were
+            reset, or None. Raising poisons the replica. With neither callback both are answered
+            at once, without Python.
+        connect_timeout: seconds to wait for the daemon; negative goes on in the background.
+
+    Raises:
+        errors.UnavailableError: no daemon answers.
+        errors.LayoutError: unknown architecture or profile, a parameter no rule covers, bad shapes.
+        errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
+    """
+
+    def __init__(
+        self,
+        address: Optional[str] = None,
+        *,
+        model: str,
+        engine: str,
+        architecture: str,
+        config: Any,
+        params: Union[Mapping[str, Any], Iterable[tuple[str, Any]]],
+        profile: str = "vllm-0.32",
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        pp_rank: int = 0,
+        pp_size: int = 1,
+        ep_rank: int = 0,
+        ep_size: int = 1,
+        dp_rank: int = 0,
+        quiesce: Optional[Quiesce] = None,
+        commit: Optional[Commit] = None,
+        connect_timeout: float = 10.0,
+    ) -> None:
+        self._lib = _native.library()
+        pairs = named_pairs(params)
+        layout = [_checked(name, tensor) for name, tensor in pairs]
+        options = _native.EngineOptions(
+            address=_native.encode(address),
+            model=_native.encode(model),
+            engine=_native.encode(engine),
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+            pp_rank=pp_rank,
+            pp_size=pp_size,
+            ep_rank=ep_rank,
+            ep_size=ep_size,
+            dp_rank=dp_rank,
+            architecture=_native.encode(architecture),
+            profile=_native.encode(profile),
+            config_json=_native.encode(config_json(config)),
+            auto_quiesce=int(quiesce is None and commit is None),
+            connect_timeout_ms=_timeout_ms(connect_timeout),
+        )
+        shared = _memory.share(pairs)
+        handle = ctypes.c_void_p()
+        _native.check(self._lib.weightd_engine_open(ctypes.byref(options), ctypes.byref(handle)))
+        self._handle = handle.value
+        self._pid = os.getpid()
+        self._params = pairs
+        self._lock = threading.Lock()  # one native call at a time, except state
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._thread: Optional[threading.Thread] = None
+        self._counter = 0
+        self._close = weakref.finalize(
+            self,
+            _native.close_handle,
+            "engine",
+            self._handle,
+            self._pid,
+            self._lock,
+            self._stop,
+        )
+        try:
+            array = param_array(layout, pairs, shared)
+            _native.check(self._lib.weightd_engine_register(self._handle, array, len(pairs)))
+        except BaseException:
+            self._close()
+            raise
+        if quiesce is not None or commit is not None:
+            self._start_thread(quiesce, commit)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Present state: connected, registered, state, version, dirty, attempt, pending, error."""
+        self._check_usable()
+        return json.loads(_native.take_string(self._lib.weightd_engine_state(self._handle)))
+
+    @property
+    def version(self) -> int:
+        """The version that this rank's memory holds; 0 when none."""
+        return int(self.state.get("version", 0))
+
+    @property
+    def ready(self) -> bool:
+        """True if this rank holds exactly the published version and serves it."""
+        state = self.state
+        return state.get("state") == "SERVING" and not state.get("dirty", False)
+
+    def check(self) -> None:
+        """Call before every model step: refuses to run on memory that may be torn.
+
+        Raises:
+            errors.PoisonedError: a failed sync may have torn the parameters.
+        """
+        state = self.state
+        if state.get("state") == "POISONED":
+            raise PoisonedError(
+                f"a failed sync may have torn the parameters: {_error_text(state)}",
+                code=FAILED_PRECONDITION,
+                reason="POISONED",
+                remedy="sync a newer version, or the same one again, before the engine serves",
+            )
+
+    def wait(
+        self,
+        version: Optional[int] = None,
+        state: Optional[str] = None,
+        timeout: Optional[float] = None,
+    ) -> dict[str, Any]:
+        """Waits until the rank serves ``version`` or newer, or is in ``state``. Answers Ctrl-C.
+
+        Args:
+            version: wait until this version, or a newer one, is served.
+            state: wait for this engine state, e.g. ``"REGISTERED"``; with neither, for ``SERVING``.
+            timeout: seconds; None waits without limit.
+
+        Returns:
+            The state as in `state`.
+
+        Raises:
+            errors.DeadlineError: not reached in time; the message has the last state.
+        """
+        wanted = state if state is not None else "SERVING"
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            now = self.state
+            if now.get("state") == wanted and (version is None or now.get("version", 0) >= version):
+                return now
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise DeadlineError(
+                    f"engine rank did not reach state={wanted}, version={version} within "
+                    f"{timeout} s: state={now.get('state')}, version={now.get('version')}, "
+                    f"error={_error_text(now)}",
+                    code=DEADLINE_EXCEEDED,
+                    reason="DEADLINE",
+                    remedy="look at `weightctl status`; a trainer has to sync first",
+                )
+            self._wait_slice(_SLICE_MS if left is None else min(_SLICE_MS, int(left * 1000) + 1))
+
+    def close(self) -> None:
+        """Takes the parameters back and leaves. Idempotent."""
+        if not self._close.alive or os.getpid() != self._pid:
+            return
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._close()
+        self._params = []
+
+    def __enter__(self) -> EngineRank:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    def _start_thread(self, quiesce: Optional[Quiesce], commit: Optional[Commit]) -> None:
+        """Answers the daemon on a thread that keeps no reference to this object while it waits."""
+        self._thread = threading.Thread(
+            target=_serve_callbacks,
+            args=(weakref.ref(self), quiesce, commit),
+            name="weightd-engine",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def _wait_slice(self, timeout_ms: int) -> None:
+        """Waits for a change of state, or for the timeout."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            with self._changed:
+                self._changed.wait(timeout_ms / 1000)
+            return
+        with self._lock:
+            self._check_usable()
+            self._counter = self._lib.weightd_engine_wait(self._handle, self._counter, timeout_ms)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _answer(self, quiesce: Optional[Quiesce], commit: Optional[Commit]) -> None:
+        """Runs the callback that the daemon waits for, if it waits for one, and reports."""
+        with self._lock:
+            pending = self.state.get("pending", "")
+        if pending == "prepare":
+            _, failure = _call(quiesce)
+            with self._lock:
+                self._check_usable()
+                _native.take_error(
+                    self._lib.weightd_engine_quiesced(self._handle, _native.encode(failure))
+                )
+        elif pending == "commit":
+            caches, failure = _call(commit)
+            names = ",".join(caches or ()) or None
+            with self._lock:
+                self._check_usable()
+                _native.take_error(
+                    self._lib.weightd_engine_committed(
+                        self._handle, _native.encode(names), _native.encode(failure)
+                    )
+                )
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise state_error(
+                "the engine rank was made before fork()",
+                reason="FORKED",
+                remedy="make the EngineRank in the process that holds the parameters",
+            )
+        if not self._close.alive:
+            raise state_error(
+                "the engine rank is closed", reason="CLOSED", remedy="make a new EngineRank"
+            )
+
+
+def config_json(config: Any) -> str:
+    """Hugging Face config as JSON; values that JSON does not know (dtypes) become their text."""
+    value = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(value, Mapping):
+        raise layout_error(
+            f"config is neither a mapping nor has to_dict(): {type(config).__name__}",
+            reason="CONFIG",
+            remedy="pass the model's Hugging Face config",
+        )
+    return json.dumps(value, default=str)
+
+
+def param_array(
+    layout: list[LocalTensor],
+    pairs: list[tuple[str, Any]],
+    shared: Mapping[int, _memory.SharedStorage],
+) -> ctypes.Array:
+    """Builds ``weightd_param[]``; names that denote the same memory become aliases of the first.
+
+    Raises:
+        errors.UnsupportedError: a parameter's storage cannot be lent.
+    """
+    array = (_native.Param * max(1, len(pairs)))()
+    seen: dict[tuple, str] = {}
+    for target, local, (name, tensor) in zip(array, layout, pairs):
+        key = (_memory.storage_key(tensor), tensor.storage_offset(), local.shape, tensor.stride())
+        first = seen.setdefault(key, name) if tensor.numel() else name
+        target.name = name.encode("utf-8")
+        target.dtype = local.dtype
+        target.num_dims = len(local.shape)
+        target.shape[: len(local.shape)] = local.shape
+        target.kind = _KIND_RAW
+        target.alias_of = _native.encode(first) if first != name else None
+        fill_memory(target.memory, tensor, shared)
+        if target.memory.fd < 0 and tensor.numel():
+            raise UnsupportedError(
+                "parameter lies in memory that cannot be lent (pinned, NumPy-backed or mapped)",
+                code=UNIMPLEMENTED,
+                reason="MEMORY",
+                tensor=name,
+                remedy="make the engine's parameter a plain CPU tensor, e.g. tensor.clone()",
+            )
+    return array
+
+
+def _checked(name: str, tensor: Any) -> LocalTensor:
+    local = describe(name, tensor)
+    _memory.check_host_tensor(name, tensor)
+    overlapping = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), local.shape))
+    if overlapping:
+        raise layout_error(
+            f"elements of the parameter share memory: strides={list(tensor.stride())}",
+            reason="OVERLAP",
+            tensor=name,
+            remedy="register the parameter itself, not an expanded view",
+        )
+    return local
+
+
+def _serve_callbacks(
+    engine_ref: weakref.ref[EngineRank], quiesce: Optional[Quiesce], commit: Optional[Commit]
+) -> None:
+    while True:
+        engine = engine_ref()
+        if engine is None or engine._stop.is_set():
+            return
+        try:
+            engine._wait_slice(_SLICE_MS)
+            engine._answer(quiesce, commit)
+        except StateError:  # closed meanwhile
+            return
+        del engine
+
+
+def _call(callback: Optional[Callable[[], Any]]) -> tuple[Any, Optional[str]]:
+    """Runs a user's callback; (its value, None) or (None, what it raised)."""
+    if callback is None:
+        return None, None
+    try:
+        return callback(), None
+    except Exception as error:  # becomes the replica's outcome; the thread has to live on
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _error_text(state: Mapping[str, Any]) -> str:
+    error = state.get("error") or "none"
+    return error.get("message", "") if isinstance(error, Mapping) else str(error)
+
+
+def _timeout_ms(seconds: float) -> int:
+    return -1 if seconds < 0 else max(1, int(seconds * 1000))
