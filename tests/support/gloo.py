@@ -15,6 +15,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     Raises:
         AssertionError: a rank failed; the message has its traceback.
     """
+    # What every rank would import at its first DTensor operation is imported once, before the fork.
+    import torch._dynamo  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
+
     context = get_context("fork")
     with tempfile.TemporaryDirectory(prefix="weightd-test-") as folder:
         pipes, ranks = [], []

@@ -1,0 +1,150 @@
+"""EngineRank against a recording library: parameters, aliases, callbacks, waiting."""
+
+from __future__ import annotations
+
+import json
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.fake_library import FakeLibrary
+from weightd import EngineRank, errors
+
+
+def _engine(params: Any = None, **options: Any) -> EngineRank:
+    values = {"architecture": "LlamaForCausalLM", "config": {"hidden_size": 4}, **options}
+    return EngineRank(model="m", engine="e0", params=params or [("w", torch.zeros(2))], **values)
+
+
+def test_parameters_are_lent_and_tied_names_become_aliases(library: FakeLibrary) -> None:
+    embed = torch.zeros(4, 2, dtype=torch.bfloat16)
+    with _engine([("embed", embed), ("norm", torch.ones(2)), ("head", embed[:])], tp_size=2):
+        embed_param, norm, head = library.params
+        assert embed_param["fd"] >= 0 and embed_param["dtype"] == 3
+        assert (embed_param["alias_of"], norm["alias_of"]) == (None, None)
+        assert head["alias_of"] == "embed"
+        assert {param["kind"] for param in library.params} == {1}
+        assert library.opened["auto_quiesce"] == 1 and library.opened["tp_size"] == 2
+        assert library.opened["profile"] == b"vllm-0.32"
+
+
+def test_views_of_other_parts_are_no_aliases(library: FakeLibrary) -> None:
+    base = torch.zeros(4, 2)
+    with _engine([("a", base[:2]), ("b", base[2:]), ("c", base)]):
+        assert [param["alias_of"] for param in library.params] == [None] * 3
+        assert [param["offset_bytes"] for param in library.params] == [0, 16, 0]
+
+
+def test_memory_that_cannot_be_lent_is_refused(library: FakeLibrary) -> None:
+    tensor = torch.zeros(2)
+    tensor.numpy()
+    with pytest.raises(errors.UnsupportedError, match="clone") as caught:
+        _engine([("w", tensor)])
+    assert caught.value.tensor == "w"
+    assert library.calls == ["open", "close"]
+
+
+def test_expanded_parameter_is_refused(library: FakeLibrary) -> None:
+    with pytest.raises(errors.LayoutError, match="share memory"):
+        _engine([("w", torch.zeros(1).expand(3))])
+
+
+def test_config_may_be_an_object_with_odd_values(library: FakeLibrary) -> None:
+    config = SimpleNamespace(to_dict=lambda: {"dtype": torch.bfloat16, "vocab_size": 3})
+    with _engine(config=config):
+        assert json.loads(library.opened["config_json"]) == {
+            "dtype": "torch.bfloat16",
+            "vocab_size": 3,
+        }
+    with pytest.raises(errors.LayoutError, match="to_dict"):
+        _engine(config="llama")
+
+
+def test_failed_registration_closes_the_session(library: FakeLibrary) -> None:
+    library.failures["register"] = {
+        "code": 5,
+        "reason": "UNKNOWN_ARCHITECTURE",
+        "message": "unknown architecture",
+        "remedy": "nearest: LlamaForCausalLM",
+    }
+    with pytest.raises(errors.LayoutError, match="nearest: LlamaForCausalLM"):
+        _engine(architecture="LlamaForCausal")
+    assert library.calls == ["open", "register", "close"]
+
+
+def test_state_version_and_readiness(library: FakeLibrary) -> None:
+    with _engine() as engine:
+        assert (engine.version, engine.ready) == (0, False)
+        library.set_engine_state(state="SERVING", version=4, dirty=False)
+        assert (engine.version, engine.ready) == (4, True)
+        engine.check()
+        library.set_engine_state(state="POISONED", dirty=True, error={"message": "worker died"})
+        assert not engine.ready
+        with pytest.raises(errors.PoisonedError, match="worker died"):
+            engine.check()
+
+
+def test_wait_returns_when_the_version_is_served(library: FakeLibrary) -> None:
+    with _engine() as engine:
+        waiter_result: list[dict] = []
+        waiter = threading.Thread(target=lambda: waiter_result.append(engine.wait(version=2)))
+        waiter.start()
+        library.set_engine_state(state="SERVING", version=1)
+        library.set_engine_state(state="STAGING", version=1)
+        library.set_engine_state(state="SERVING", version=2)
+        waiter.join()
+        assert waiter_result[0]["version"] == 2
+        assert engine.wait(version=1)["version"] == 2
+
+
+def test_wait_gives_up_with_the_last_state(library: FakeLibrary) -> None:
+    with _engine() as engine:
+        with pytest.raises(errors.DeadlineError, match="state=REGISTERED"):
+            engine.wait(version=1, timeout=0.01)
+
+
+def test_callbacks_answer_prepare_and_commit(library: FakeLibrary) -> None:
+    done = []
+    engine = _engine(
+        quiesce=lambda: done.append("quiesce"), commit=lambda: done.append("commit") or ["prefix"]
+    )
+    with engine:
+        assert library.opened["auto_quiesce"] == 0
+        library.set_engine_state(pending="prepare", state="STAGING")
+        _until(library, lambda: len(library.answers) == 1)
+        library.set_engine_state(pending="commit", state="COMMITTING")
+        _until(library, lambda: len(library.answers) == 2)
+        library.set_engine_state(state="SERVING", version=1)
+        assert engine.wait(version=1)["state"] == "SERVING"
+    assert done == ["quiesce", "commit"]
+    assert library.answers == [("quiesced", None, None), ("committed", "prefix", None)]
+
+
+def test_callback_that_raises_is_reported_and_the_thread_lives_on(library: FakeLibrary) -> None:
+    def fail() -> None:
+        raise RuntimeError("cannot pause")
+
+    with _engine(quiesce=fail) as engine:
+        for count in (1, 2):
+            library.set_engine_state(pending="prepare")
+            _until(library, lambda count=count: len(library.answers) == count)
+        assert engine.state["pending"] == ""
+    assert library.answers == [("quiesced", None, "RuntimeError: cannot pause")] * 2
+
+
+def _until(library: FakeLibrary, condition: Any) -> None:
+    counter = 0
+    while not condition():
+        counter = library.weightd_engine_wait(1, counter, 1000)
+
+
+def test_closed_engine_refuses(library: FakeLibrary) -> None:
+    engine = _engine(quiesce=lambda: None)
+    engine.close()
+    engine.close()
+    assert library.calls.count("close") == 1
+    with pytest.raises(errors.StateError, match="closed"):
+        engine.wait()
