@@ -75,8 +75,8 @@ def find_library(build_dir: Path) -> Path:
     unique = sorted(set(found))
     if len(unique) != 1:
         raise BuildError(
-            f"{len(unique)} files named {LIBRARY} under {build_dir}; build the client library first "
-            "and give its own build directory"
+            f"{len(unique)} files named {LIBRARY} under {build_dir}; build the client library "
+            "first and give its own build directory"
         )
     return unique[0]
 

@@ -1,0 +1,95 @@
+"""A process that holds engine ranks: reads requests, one JSON object a line, and answers alike.
+
+    python -m tests.support.engine_process ADDRESS
+
+Operations: open, check, state, close; see the functions of the same names. Ends with its input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from typing import Any, Callable
+
+import torch
+
+from tests.support.llama_engine import empty_params, expected_params, first_difference
+from weightd import EngineRank
+
+_WAIT_SECONDS = 60.0
+
+
+class Ranks:
+    """The engine ranks of this process, by key."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._ranks: dict[str, tuple[EngineRank, dict[str, Any], dict[str, torch.Tensor]]] = {}
+
+    def open(self, key: str, **options: Any) -> dict[str, Any]:
+        """Opens a rank with poisoned parameters; ``dtype`` is torch's name of its type."""
+        dtype = getattr(torch, options.pop("dtype"))
+        config, tp_rank, tp_size = options["config"], options["tp_rank"], options["tp_size"]
+        params = empty_params(config, tp_rank, tp_size, dtype)
+        rank = EngineRank(self._address, params=params, **options)
+        self._ranks[key] = (rank, {**options, "dtype": dtype}, params)
+        return rank.state
+
+    def check(self, key: str, version: int, source: str) -> list[str]:
+        """Compares memory, bit by bit, with what ``version`` must be; returns the differences.
+
+        Args:
+            key: of the rank.
+            version: to wait for.
+            source: file with the full tensors of that version under Hugging Face names.
+        """
+        rank, options, params = self._ranks[key]
+        state = rank.wait(version=version, timeout=_WAIT_SECONDS)
+        differences = [] if state["version"] == version else [f"serves {state['version']}"]
+        expected = expected_params(
+            options["config"],
+            torch.load(source),
+            options["tp_rank"],
+            options["tp_size"],
+            options["dtype"],
+        )
+        if expected.keys() != params.keys():
+            differences.append(f"names: {sorted(expected.keys() ^ params.keys())}")
+        for name, tensor in expected.items():
+            difference = first_difference(params[name], tensor)
+            if difference:
+                differences.append(f"{key} {name}: {difference}")
+        return differences
+
+    def state(self, key: str) -> dict[str, Any]:
+        """Returns the state of a rank."""
+        return self._ranks[key][0].state
+
+    def close(self, key: str) -> None:
+        """Closes a rank."""
+        self._ranks.pop(key)[0].close()
+
+    def close_all(self) -> None:
+        """Closes every rank."""
+        for key in list(self._ranks):
+            self.close(key)
+
+
+def main() -> None:
+    """Serves requests until the input ends."""
+    torch.set_num_threads(1)
+    ranks = Ranks(sys.argv[1])
+    for line in sys.stdin:
+        request = json.loads(line)
+        operation: Callable[..., Any] = getattr(ranks, request.pop("operation"))
+        try:
+            answer = {"value": operation(**request)}
+        except Exception:  # the caller shows it
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)
+    ranks.close_all()
+
+
+if __name__ == "__main__":
+    main()
