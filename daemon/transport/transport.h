@@ -61,6 +61,9 @@ struct RunControl {
   const std::atomic<bool>* cancelled = nullptr;  ///< checked at every window
   Clock::time_point deadline = Clock::time_point::max();
   StagedSource* staged = nullptr;  ///< may be nullptr if nothing is staged
+  /// Checked before every window and after the last: an error ends the step with it. The owner of
+  /// the mappings puts Mapping::CheckIntact of all of them here. May be empty.
+  std::function<Status()> check_memory;
   /// Called after each window: (windows done, bytes landed so far, first parameter of the next
   /// window).
   std::function<void(uint32_t, uint64_t, const std::string&)> on_window;
