@@ -59,6 +59,9 @@ class Loader {
       std::string_view profile, std::span<const ParamInfo> reported) const = 0;
 };
 
+/// Whether `profile` is one of `declared`, or a patch release of one: "vllm-0.32.0" is "vllm-0.32".
+bool MatchProfile(std::string_view profile, const std::vector<std::string>& declared);
+
 /// The rule files a process knows: the embedded ones and those of a directory, which win over
 /// embedded ones with the same architecture and profile. Thread safety: immutable.
 class LoaderRegistry {

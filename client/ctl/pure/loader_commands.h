@@ -1,0 +1,27 @@
+// `weightctl loader list` and `weightctl loader check PATH`, without a daemon.
+#pragma once
+
+#include <string>
+
+#include "daemon/base/status.h"
+#include "daemon/layout/loader.h"
+
+namespace weightd {
+
+/// The loaders of a registry: name, origin, profiles, architectures. Text is a table, JSON
+/// {"loaders": [{"name", "origin", "profiles", "architectures"}]}.
+std::string ListLoaders(const LoaderRegistry& registry, bool json);
+
+/// What `loader check` found.
+struct LoaderCheck {
+  std::string output;   ///< for stdout, ends with a newline
+  bool passed = false;  ///< the exit code is 0 if so, 1 otherwise
+};
+
+/// Parses the rule file `path`, or every *.rules file of the directory `path`, and reports each as
+/// sound or with its first error (file:line and the remedy). JSON is {"files": [{"path", "ok",
+/// "error"?, "remedy"?, "architectures"?, "profiles"?}]}.
+/// \error NOT_FOUND if there is no such path or a directory has no rule file
+StatusOr<LoaderCheck> CheckLoaders(const std::string& path, bool json);
+
+}  // namespace weightd
