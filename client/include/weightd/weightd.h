@@ -1,19 +1,25 @@
 /* weightd client library: the C ABI.
  *
- * A trainer rank opens an actor, registers its shards once and calls sync for every version. An inference rank opens an
- * engine, registers its parameters once and is then driven by the daemon. Native threads keep the connection to the
- * daemon and to the worker alive, re-attach after a restart of either and never need the caller's interpreter lock.
+ * A trainer rank opens an actor, registers its shards once and calls sync for every version. An
+ * inference rank opens an engine, registers its parameters once and is then driven by the daemon.
+ * Native threads keep the connection to the daemon and to the worker alive, re-attach after a
+ * restart of either and never need the caller's interpreter lock.
  *
  * Conventions
- * - Every function that can fail returns NULL on success or an error that the caller frees with weightd_error_free.
- * - Strings are UTF-8, NUL-terminated. Strings passed in are copied. Strings handed out as `char*` are freed with
- *   weightd_string_free; those handed out as `const char*` live as long as the object they belong to.
- * - Shapes, origins, extents and strides are in elements, outermost dimension first; ranges are half-open.
- * - Memory that is lent stays the caller's: it must stay valid and at the same address until the actor or engine is
- *   closed. A shared-memory descriptor is duplicated; the caller keeps its own.
- * - Functions on one object may be called from any thread, one at a time, except *_cancel and *_state, which may be
- *   called at any time. Objects are independent.
- * - After fork() the objects are unusable in the child, which inherits no descriptor of theirs; the parent goes on.
+ * - Every function that can fail returns NULL on success or an error that the caller frees with
+ *   weightd_error_free.
+ * - Strings are UTF-8, NUL-terminated. Strings passed in are copied. Strings handed out as `char*`
+ *   are freed with weightd_string_free; those handed out as `const char*` live as long as the
+ *   object they belong to.
+ * - Shapes, origins, extents and strides are in elements, outermost dimension first; ranges are
+ *   half-open.
+ * - Memory that is lent stays the caller's: it must stay valid and at the same address until the
+ *   actor or engine is closed. A shared-memory descriptor is duplicated; the caller keeps its own.
+ * - Functions on one object may be called from any thread, one at a time, except *_cancel and
+ *   *_state, which may be called at any time. Objects are independent.
+ * - After fork() the objects are unusable in the child, which inherits no descriptor of theirs; the
+ *   parent goes on. In the child every call fails with FAILED_PRECONDITION, a state is {} and close
+ *   only frees the handle.
  */
 #ifndef WEIGHTD_WEIGHTD_H_
 #define WEIGHTD_WEIGHTD_H_
@@ -38,29 +44,33 @@ extern "C" {
 WEIGHTD_API const char* weightd_version(void);
 WEIGHTD_API int weightd_abi_version(void);
 
-/* ---- errors ------------------------------------------------------------------------------------------------- */
+/* ---- errors ---- */
 typedef struct weightd_error weightd_error;
 
-/* google.rpc code (3 INVALID_ARGUMENT, 4 DEADLINE_EXCEEDED, 5 NOT_FOUND, 6 ALREADY_EXISTS, 8 RESOURCE_EXHAUSTED,
- * 9 FAILED_PRECONDITION, 10 ABORTED, 13 INTERNAL, 14 UNAVAILABLE, 1 CANCELLED). */
+/* google.rpc code (3 INVALID_ARGUMENT, 4 DEADLINE_EXCEEDED, 5 NOT_FOUND, 6 ALREADY_EXISTS, 8
+ * RESOURCE_EXHAUSTED, 9 FAILED_PRECONDITION, 10 ABORTED, 13 INTERNAL, 14 UNAVAILABLE, 1 CANCELLED).
+ */
 WEIGHTD_API int weightd_error_code(const weightd_error* error);
-/* One field of the error: "reason", "message", "tensor", "rank", "phase", "peer", "remedy", or "result" (JSON of the sync
- * result with every replica's outcome, when there is one). Empty string if it does not apply. */
+/* One field of the error: "reason", "message", "tensor", "rank", "phase", "peer", "remedy", or
+ * "result" (JSON of the sync result with every replica's outcome, when there is one). Empty string
+ * if it does not apply. The text lives as long as the error. Reasons are stable upper-case tokens,
+ * e.g. "DAEMON_LOST"; messages may change. */
 WEIGHTD_API const char* weightd_error_field(const weightd_error* error, const char* field);
 WEIGHTD_API void weightd_error_free(weightd_error* error);
 WEIGHTD_API void weightd_string_free(char* text);
 
-/* ---- memory ------------------------------------------------------------------------------------------------- */
-/* Element types: the values of weightd.v1.DType (1 float32, 2 float16, 3 bfloat16, 4 float64, 5 int8, 6 uint8, 7 int16,
- * 8 int32, 9 int64, 10 bool, 11 float8_e4m3fn, 12 float8_e5m2). */
+/* ---- memory ---- */
+/* Element types: the values of weightd.v1.DType (1 float32, 2 float16, 3 bfloat16, 4 float64, 5
+ * int8, 6 uint8, 7 int16, 8 int32, 9 int64, 10 bool, 11 float8_e4m3fn, 12 float8_e5m2). */
 typedef int32_t weightd_dtype;
 
 /* Where a block of elements lies. */
 typedef struct weightd_memory {
-  int32_t fd;            /* shared memory object to lend (memfd or /dev/shm file), or -1: not lendable, staged */
+  int32_t fd;            /* shared memory object to lend (memfd, /dev/shm file); -1: staged */
   uint64_t fd_size;      /* bytes of the shared memory object */
   uint64_t offset_bytes; /* of the first element, from the start of the object */
-  const void* address;   /* of the first element in this process; NULL if there is no memory yet (staged at sync time) */
+  const void* address;   /* of the first element in this process; NULL if there is no memory yet
+                            (staged at sync time) */
   int64_t strides[WEIGHTD_MAX_DIMS]; /* in elements, one per dimension */
 } weightd_memory;
 
@@ -81,30 +91,45 @@ typedef struct weightd_tensor {
   const weightd_shard* shards;
 } weightd_tensor;
 
-/* ---- actor (trainer rank) ----------------------------------------------------------------------------------- */
+/* ---- actor (trainer rank) ---- */
 typedef struct weightd_actor weightd_actor;
 
 typedef struct weightd_actor_options {
-  const char* address;      /* "unix:/run/weightd/weightd.sock" or "127.0.0.1:7077"; NULL = $WEIGHTD_ADDRESS, then the default */
-  const char* model;        /* key of the model; engines must use the same */
-  const char* group;        /* id of this start of the trainer, equal on all its ranks, drawn by rank 0 */
-  uint64_t group_order;     /* creation time of the group, microseconds since 1970; equal on all ranks */
+  const char* address;  /* "unix:/run/weightd/weightd.sock" or "127.0.0.1:7077"; NULL =
+                           $WEIGHTD_ADDRESS, then the default */
+  const char* model;    /* key of the model; engines must use the same */
+  const char* group;    /* id of this start of the trainer, equal on all ranks, drawn by rank 0 */
+  uint64_t group_order; /* creation of the group, microseconds since 1970; equal on all ranks */
   int32_t rank;
   int32_t world_size;
   int32_t connect_timeout_ms; /* 0 = 10,000 */
 } weightd_actor_options;
 
-/* Connects and shakes hands. Blocks up to connect_timeout_ms.
+/* Connects and shakes hands. Blocks up to connect_timeout_ms, during which a daemon that is not
+ * there yet is tried again. From then on the session comes back by itself: after the daemon or its
+ * worker was lost it connects, registers and lends its memory again, with a backoff of 50 ms to 1
+ * s.
  * \error UNAVAILABLE DAEMON_LOST if no daemon answers at the address
  * \error FAILED_PRECONDITION PROTOCOL_VERSION if daemon and library speak different protocols
- * \error ALREADY_EXISTS DUPLICATE_RANK, INVALID_ARGUMENT WORLD_SIZE, ABORTED FENCED: see actor.proto */
-WEIGHTD_API weightd_error* weightd_actor_open(const weightd_actor_options* options, weightd_actor** actor);
+ * \error ALREADY_EXISTS DUPLICATE_RANK, INVALID_ARGUMENT WORLD_SIZE, ABORTED FENCED: see
+ *   actor.proto */
+WEIGHTD_API weightd_error* weightd_actor_open(const weightd_actor_options* options,
+                                              weightd_actor** actor);
 
-/* Registers all tensors of this rank and lends their memory; replaces an earlier registration. Blocks until daemon and
- * worker have taken them (every rank registers by itself; none waits for another). The arrays are copied.
+/* Registers all tensors of this rank and lends their memory; replaces an earlier registration.
+ * Blocks until daemon and worker have taken them (every rank registers by itself; none waits for
+ * another). The arrays are copied. Every tensor's name must be unique and not empty, its boxes must
+ * lie inside its shape, and a lent object must be as large as offset and strides say: all of that
+ * is checked here, before the daemon sees anything. A shard with fd -1 is staged: copied through
+ * the worker's ring during a sync, from `address` if it is not NULL, otherwise from the memory that
+ * the sync is given. The soft limit of open files is raised when it is too low.
  * \error INVALID_ARGUMENT SHAPE/DTYPE/DUPLICATE_TENSOR/TABLE_MISMATCH naming the tensor
- * \error RESOURCE_EXHAUSTED FILE_DESCRIPTORS if the soft limit cannot hold the descriptors */
-WEIGHTD_API weightd_error* weightd_actor_register(weightd_actor* actor, const weightd_tensor* tensors,
+ * \error INVALID_ARGUMENT SHARED_MEMORY naming the tensor if its object is smaller than it should
+ *   be
+ * \error RESOURCE_EXHAUSTED FILE_DESCRIPTORS if the hard limit cannot hold the descriptors
+ * \error UNAVAILABLE DAEMON_LOST, DEADLINE_EXCEEDED DEADLINE if daemon or worker do not answer */
+WEIGHTD_API weightd_error* weightd_actor_register(weightd_actor* actor,
+                                                  const weightd_tensor* tensors,
                                                   size_t num_tensors);
 
 /* Memory of a staged shard for one sync. */
@@ -121,50 +146,67 @@ typedef struct weightd_sync_options {
   int32_t check_replicas;    /* nonzero: compare replicated shards first */
   const weightd_staged* staged;
   size_t num_staged;
-  const char* refuse_reason;  /* not NULL: this rank refuses (e.g. "MEMORY_MOVED"); the sync fails on every rank */
+  const char* refuse_reason; /* not NULL: this rank refuses (e.g. "MEMORY_MOVED"); the sync fails on
+                                every rank */
   const char* refuse_message;
   const char* refuse_tensor;
   const char* refuse_remedy;
 } weightd_sync_options;
 
-/* Starts a sync. Does not block. The registered memory must not change until the sync has ended.
+/* Starts a sync. Does not block. The registered memory must not change until the sync has ended;
+ * staged memory is not read any more once weightd_actor_sync_wait has returned 1. While the daemon
+ * or worker is being replaced the sync waits for the registration to come back, for at most
+ * connect_timeout_ms. A staged shard without memory makes the sync fail on every rank with
+ * MISSING_TENSOR.
  * \error FAILED_PRECONDITION if nothing is registered or a sync is running */
-WEIGHTD_API weightd_error* weightd_actor_sync_begin(weightd_actor* actor, const weightd_sync_options* options);
+WEIGHTD_API weightd_error* weightd_actor_sync_begin(weightd_actor* actor,
+                                                    const weightd_sync_options* options);
 
-/* Waits for the sync. Returns 0 while it runs (timeout), 1 when it ended. Then either *result_json is the result
- * (caller frees) or *error is set. timeout_ms < 0 waits without limit.
- * Result: {"version","attempt","bytes","phases":{"admit":us,...},"replicas":[{"engine","dp_rank","committed","version",
- * "state","verified","caches_reset","error"}]}. */
+/* Waits for the sync. Returns 0 while it runs (timeout), 1 when it ended. Then either *result_json
+ * is the result (caller frees) or *error is set. timeout_ms < 0 waits without limit. Result:
+ *   {"version", "attempt", "bytes", "pause_us", "phases": {"admit": us, ...}, "replicas": [
+ *     {"engine", "dp_rank", "committed", "version", "state", "verified", "caches_reset", "error"}]}
+ * `attempt` is "EPOCH.COUNTER"; `phases` has microseconds and only the phases that ran;
+ * `caches_reset` is a list; a replica's `error` is null or
+ *   {"code", "reason", "message", "tensor", "rank", "phase", "peer", "remedy"}.
+ * An error has the same JSON as its field "result" when the daemon answered. When the daemon is
+ * lost the sync ends at once with UNAVAILABLE DAEMON_LOST and the phase that it was in. */
 WEIGHTD_API int weightd_actor_sync_wait(weightd_actor* actor, int timeout_ms, char** result_json,
                                         weightd_error** error);
 
-/* Asks the daemon to stop the running sync; the sync then ends with CANCELLED. Any thread, any time. */
+/* Asks the daemon to stop the running sync; the sync then ends with CANCELLED. Any thread, any
+ * time. */
 WEIGHTD_API void weightd_actor_sync_cancel(weightd_actor* actor);
 
-/* State as JSON: {"connected","registered","phase","bytes_done","bytes_total","worker"}. Never blocks. Caller frees. */
+/* State as JSON: {"connected","registered","phase","bytes_done","bytes_total","worker","error"}.
+ * `phase` is "" when no sync runs, `worker` the device of the worker that holds the memory, `error`
+ * null or why the session is not as it should be (as a replica's error above). Never blocks. Caller
+ * frees. */
 WEIGHTD_API char* weightd_actor_state(weightd_actor* actor);
 
-/* Ends the session, takes the lent memory back (the worker confirms the unmapping or is seen dead; blocks for at most
- * 5 s) and frees the object. NULL is ignored. */
+/* Ends the session, takes the lent memory back (the worker confirms the unmapping or is seen dead;
+ * blocks for at most 5 s) and frees the object. NULL is ignored. */
 WEIGHTD_API void weightd_actor_close(weightd_actor* actor);
 
-/* ---- engine (inference rank) -------------------------------------------------------------------------------- */
+/* ---- engine (inference rank) ---- */
 typedef struct weightd_engine weightd_engine;
 
 typedef struct weightd_engine_options {
   const char* address;
   const char* model;
-  const char* engine;       /* instance name; ranks of one engine share it, a restarted engine keeps it */
+  const char* engine; /* instance name; ranks of one engine share it, a restarted engine keeps it */
   int32_t tp_rank, tp_size, pp_rank, pp_size, ep_rank, ep_size, dp_rank;
   const char* architecture; /* Hugging Face architecture */
   const char* profile;      /* e.g. "vllm-0.32" */
   const char* config_json;  /* Hugging Face config */
   const char* commit_mode;  /* NULL or "in_place" */
-  int32_t auto_quiesce;     /* nonzero: nobody reads the parameters during a sync, answer Prepare and Commit at once */
+  int32_t auto_quiesce; /* nonzero: nobody reads the parameters during a sync, answer Prepare and
+                           Commit at once */
   int32_t connect_timeout_ms; /* 0 = 10,000; < 0: do not wait, keep trying in the background */
 } weightd_engine_options;
 
-/* One parameter of this rank. kind: 1 raw, 2 derived, 3 opaque. alias_of: NULL, or the parameter whose storage it shares. */
+/* One parameter of this rank. kind: 1 raw, 2 derived, 3 opaque. alias_of: NULL, or the parameter
+ * whose storage it shares. */
 typedef struct weightd_param {
   const char* name;
   weightd_dtype dtype;
@@ -175,32 +217,48 @@ typedef struct weightd_param {
   weightd_memory memory; /* fd must be >= 0 unless opaque or aliased */
 } weightd_param;
 
-WEIGHTD_API weightd_error* weightd_engine_open(const weightd_engine_options* options, weightd_engine** engine);
+/* As weightd_actor_open. With connect_timeout_ms < 0 it does not block and fails only for bad
+ * options. */
+WEIGHTD_API weightd_error* weightd_engine_open(const weightd_engine_options* options,
+                                               weightd_engine** engine);
 
-/* Registers all parameters and lends their memory. Blocks until daemon and worker have taken them, unless
- * connect_timeout_ms < 0, in which case it goes on in the background.
- * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE; INVALID_ARGUMENT as weightd_actor_register */
-WEIGHTD_API weightd_error* weightd_engine_register(weightd_engine* engine, const weightd_param* params,
-                                                   size_t num_params);
+/* Registers all parameters and lends their memory; replaces an earlier registration. Blocks until
+ * daemon and worker have taken them, unless connect_timeout_ms < 0, in which case it goes on in
+ * the background and weightd_engine_state tells.
+ * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE; INVALID_ARGUMENT as
+ *   weightd_actor_register */
+WEIGHTD_API weightd_error* weightd_engine_register(weightd_engine* engine,
+                                                   const weightd_param* params, size_t num_params);
 
-/* State as JSON: {"connected","registered","state","version","dirty","attempt","pending","error"}. `state` is the name
- * of weightd.v1.EngineState without prefix; `pending` is "", "prepare" or "commit": what the daemon waits for. Never
- * blocks. Caller frees. */
+/* State as JSON:
+ * {"connected","registered","state","version","dirty","attempt","pending","worker","error"}.
+ * `state` is the name of weightd.v1.EngineState without prefix: POISONED means that a failed sync
+ * may have torn the parameters. (version, attempt, dirty) is what is true about this rank's memory;
+ * it is reported again to a restarted daemon, but only when no worker maps the memory any more.
+ * `pending` is "", "prepare" or "commit": what the daemon waits for. `error` is null or an object
+ * as in a sync's result: why the session is down, else why the last attempt failed. Never blocks.
+ * Caller frees. */
 WEIGHTD_API char* weightd_engine_state(weightd_engine* engine);
 
-/* Waits until the state JSON would differ from what it was `since` (a counter; 0 at first). Returns the new counter;
- * equal to `since` on timeout. */
+/* Waits until the state JSON would differ from what it was `since` (a counter; 0 at first). Returns
+ * the new counter; equal to `since` on timeout. */
 WEIGHTD_API uint64_t weightd_engine_wait(weightd_engine* engine, uint64_t since, int timeout_ms);
 
-/* Without auto_quiesce: answers the pending Prepare. error_message not NULL: the engine cannot be quiesced; the attempt
- * leaves this replica untouched. */
-WEIGHTD_API weightd_error* weightd_engine_quiesced(weightd_engine* engine, const char* error_message);
+/* Without auto_quiesce: answers the pending Prepare. error_message not NULL: the engine cannot be
+ * quiesced; the attempt leaves this replica untouched.
+ * \error FAILED_PRECONDITION if no Prepare is pending (any more) */
+WEIGHTD_API weightd_error* weightd_engine_quiesced(weightd_engine* engine,
+                                                   const char* error_message);
 
-/* Without auto_quiesce: answers the pending Commit after derived parameters were converted. caches_reset: comma-separated
- * names of caches that were really reset, may be NULL. error_message not NULL: the engine could not take the weights. */
-WEIGHTD_API weightd_error* weightd_engine_committed(weightd_engine* engine, const char* caches_reset,
+/* Without auto_quiesce: answers the pending Commit after derived parameters were converted.
+ * caches_reset: comma-separated names of caches that were really reset, may be NULL. error_message
+ * not NULL: the engine could not take the weights.
+ * \error FAILED_PRECONDITION if no Commit is pending (any more) */
+WEIGHTD_API weightd_error* weightd_engine_committed(weightd_engine* engine,
+                                                    const char* caches_reset,
                                                     const char* error_message);
 
+/* As weightd_actor_close; the daemon is told that the engine leaves in order. */
 WEIGHTD_API void weightd_engine_close(weightd_engine* engine);
 
 #ifdef __cplusplus

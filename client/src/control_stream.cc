@@ -1,0 +1,43 @@
+#include "client/src/control_stream.h"
+
+#include <grpcpp/create_channel_posix.h>
+
+#include "daemon/base/version.h"
+
+namespace weightd {
+
+std::shared_ptr<grpc::Channel> ChannelOver(Socket* socket) {
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  arguments.SetMaxSendMessageSize(kMaxMessageBytes);
+  arguments.SetString(GRPC_ARG_DEFAULT_AUTHORITY, "weightd");
+  return grpc::CreateCustomInsecureChannelFromFd("weightd", socket->fd.Release(), arguments);
+}
+
+Status StreamEnded(const grpc::Status& status, const std::string& address) {
+  const std::string peer = "daemon " + address;
+  switch (status.error_code()) {
+    case grpc::StatusCode::UNIMPLEMENTED:
+      return MakeError(StatusCode::kFailedPrecondition,
+                       "the daemon does not know this client's service: " + status.error_message(),
+                       {.reason = reason::kProtocolVersion,
+                        .peer = peer,
+                        .remedy = "use the daemon and the client library of one release"});
+    case grpc::StatusCode::RESOURCE_EXHAUSTED:
+      return MakeError(StatusCode::kResourceExhausted,
+                       "a message to or from the daemon is too large: " + status.error_message(),
+                       {.reason = reason::kMessageTooLarge,
+                        .peer = peer,
+                        .remedy = "use the daemon and the client library of one release"});
+    default:
+      return MakeError(
+          StatusCode::kUnavailable,
+          fmt::format("the daemon's connection ended: address={} cause={}", address,
+                      status.ok() ? "closed by the daemon" : status.error_message()),
+          {.reason = reason::kDaemonLost,
+           .peer = peer,
+           .remedy = "see the daemon's log; the client registers again by itself once it is back"});
+  }
+}
+
+}  // namespace weightd

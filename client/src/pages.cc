@@ -1,0 +1,136 @@
+#include "client/src/pages.h"
+
+#include <algorithm>
+
+#include "daemon/base/version.h"
+#include "daemon/wire/convert.h"
+
+namespace weightd {
+namespace {
+
+/// Bytes of content after which a page is closed; leaves room for one more item and the envelope.
+constexpr size_t kFullBytes = kPageBytes * 3 / 4;
+/// Most bytes of a number that counts boxes on the wire.
+constexpr size_t kIndexBytes = 5;
+
+template <typename Page>
+class Pager {
+ public:
+  /// The page that takes an item of `bytes`.
+  Page& For(size_t bytes) {
+    if (pages_.empty() || filled_ + bytes > kFullBytes) {
+      pages_.emplace_back();
+      filled_ = 0;
+    }
+    filled_ += bytes;
+    return pages_.back();
+  }
+
+  std::vector<Page> Take() { return std::move(pages_); }
+
+  /// Marks the last page, which is made if there is none.
+  std::vector<Page> TakeLast() {
+    For(0).set_last(true);
+    return std::move(pages_);
+  }
+
+ private:
+  std::vector<Page> pages_;
+  size_t filled_ = 0;
+};
+
+v1::MemoryBinding Binding(const Placement& placement, const Dims& extent, DType dtype) {
+  v1::MemoryBinding binding;
+  binding.set_segment(placement.segment.value_or(0));
+  binding.set_staged(!placement.segment.has_value());
+  if (placement.segment.has_value()) {
+    binding.set_offset_bytes(placement.offset_bytes);
+    for (int64_t stride : placement.strides) binding.add_strides(stride);
+  }
+  for (int64_t size : extent) binding.add_extent(size);
+  binding.set_dtype(static_cast<v1::DType>(dtype));
+  return binding;
+}
+
+}  // namespace
+
+std::vector<v1::ShardsPage> ShardsPages(const RankShards& shards) {
+  Pager<v1::ShardsPage> pager;
+  size_t num_sent = 0;
+  for (size_t t = 0; t + 1 < shards.first.size(); ++t) {
+    const auto begin = shards.box_index.begin() + shards.first[t];
+    const auto end = shards.box_index.begin() + shards.first[t + 1];
+    for (auto index = begin; index != end; ++index) {
+      for (; num_sent <= *index; ++num_sent) {
+        v1::Box box = ToProto(shards.boxes[num_sent]);
+        *pager.For(box.ByteSizeLong() + kIndexBytes).add_boxes() = std::move(box);
+      }
+    }
+    const auto count = static_cast<size_t>(end - begin);
+    v1::ShardsPage& page = pager.For((count + 1) * kIndexBytes);
+    page.add_boxes_per_tensor(static_cast<uint32_t>(count));
+    page.mutable_box_index()->Add(begin, end);
+  }
+  return pager.TakeLast();
+}
+
+std::vector<v1::TensorTablePage> TablePages(const TensorTable& table) {
+  Pager<v1::TensorTablePage> pager;
+  for (const TensorInfo& tensor : table) {
+    v1::TensorSpec spec = ToProto(tensor);
+    *pager.For(spec.ByteSizeLong() + kIndexBytes).add_tensors() = std::move(spec);
+  }
+  return pager.TakeLast();
+}
+
+std::vector<v1::ParamsPage> ParamsPages(const std::vector<ParamInfo>& params) {
+  Pager<v1::ParamsPage> pager;
+  for (const ParamInfo& param : params) {
+    v1::ParamSpec spec = ToProto(param);
+    *pager.For(spec.ByteSizeLong() + kIndexBytes).add_params() = std::move(spec);
+  }
+  return pager.Take();
+}
+
+std::vector<v1::BindMemory> ActorBindings(const ActorRegistration& registration) {
+  Pager<v1::BindMemory> pager;
+  const RankShards& shards = registration.shards;
+  for (uint32_t t = 0; t < registration.table.size(); ++t) {
+    for (uint32_t i = shards.first[t]; i < shards.first[t + 1]; ++i) {
+      v1::MemoryBinding binding =
+          Binding(registration.memory[i], shards.boxes[shards.box_index[i]].extent,
+                  registration.table[t].dtype);
+      binding.set_index(t);
+      binding.set_box(i - shards.first[t]);
+      *pager.For(binding.ByteSizeLong() + kIndexBytes).add_bindings() = std::move(binding);
+    }
+  }
+  return pager.TakeLast();
+}
+
+std::vector<v1::BindMemory> EngineBindings(const EngineRegistration& registration) {
+  Pager<v1::BindMemory> pager;
+  for (uint32_t p = 0; p < registration.params.size(); ++p) {
+    if (!registration.memory[p].segment.has_value()) continue;
+    const ParamInfo& param = registration.params[p];
+    v1::MemoryBinding binding = Binding(registration.memory[p], param.shape, param.dtype);
+    binding.set_index(p);
+    *pager.For(binding.ByteSizeLong() + kIndexBytes).add_bindings() = std::move(binding);
+  }
+  return pager.TakeLast();
+}
+
+std::vector<SegmentFrame> SegmentFrames(const SegmentSet& segments) {
+  std::vector<SegmentFrame> frames;
+  uint32_t id = 0;
+  for (const Segment& segment : segments.segments()) {
+    if (frames.empty() || frames.back().fds.size() == kMaxFrameFds) frames.emplace_back();
+    v1::Segment* entry = frames.back().offer.add_segments();
+    entry->set_id(id++);
+    entry->set_size_bytes(segment.size_bytes);
+    frames.back().fds.push_back(segment.fd.get());
+  }
+  return frames;
+}
+
+}  // namespace weightd

@@ -1,0 +1,37 @@
+// Registrations as messages, cut into pages of less than 1 MiB.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "client/src/registration.h"
+#include "daemon/wire/data_channel.h"
+#include "weightd/v1/actor.pb.h"
+#include "weightd/v1/engine.pb.h"
+#include "weightd/v1/worker.pb.h"
+
+namespace weightd {
+
+/// What the rank holds. At least one page; the last has `last` set. Boxes come before or with the
+/// first page that refers to them.
+std::vector<v1::ShardsPage> ShardsPages(const RankShards& shards);
+
+/// The tensor table. At least one page; the last has `last` set.
+std::vector<v1::TensorTablePage> TablePages(const TensorTable& table);
+
+std::vector<v1::ParamsPage> ParamsPages(const std::vector<ParamInfo>& params);
+
+/// Where the shards of an actor lie: one binding per non-empty box.
+std::vector<v1::BindMemory> ActorBindings(const ActorRegistration& registration);
+
+/// Where the parameters of an engine lie: one binding per parameter that is lent.
+std::vector<v1::BindMemory> EngineBindings(const EngineRegistration& registration);
+
+/// The shared memory objects, in frames of at most kMaxFrameFds, each with its descriptors.
+struct SegmentFrame {
+  v1::OfferSegments offer;
+  std::vector<int> fds;  ///< belong to the SegmentSet
+};
+std::vector<SegmentFrame> SegmentFrames(const SegmentSet& segments);
+
+}  // namespace weightd
