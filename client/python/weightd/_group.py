@@ -43,7 +43,9 @@ def resolve(group: Optional[str], rank: Optional[int], world_size: Optional[int]
     Raises:
         errors.GroupError: rank outside of the world, or no way to share an id.
     """
-    distributed = _distributed() if None in (group, rank, world_size) else None
+    alone = rank == 0 and world_size == 1
+    known = rank is not None and world_size is not None and (group is not None or alone)
+    distributed = None if known else _distributed()
     if world_size is None:
         world_size = distributed.get_world_size() if distributed else 1
     if rank is None:
@@ -73,7 +75,7 @@ def _shared_group(distributed: Any, rank: int, world_size: int) -> str:
             f"ranks cannot share a group id: world_size={world_size}, torch.distributed={size}",
             "initialise torch.distributed, or pass group=weightd.new_group() drawn once",
         )
-    box = [new_group() if distributed.get_rank() == 0 else None]
+    box = [new_group() if distributed.get_rank() == 0 else ""]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
 

@@ -55,12 +55,12 @@ def tensor_array(
                 shard.memory.fd = -1
             else:
                 fill_memory(shard.memory, tensor, shared)
-    array.shards = shards
+    array.keep_alive = shards  # type: ignore[attr-defined]
     return array
 
 
-def staged_array(layout: Sequence[LocalTensor]) -> ctypes.Array:
-    """Builds ``weightd_staged[]`` with the present address of every shard."""
+def staged_array(layout: Sequence[LocalTensor]) -> tuple[ctypes.Array, int]:
+    """Builds ``weightd_staged[]`` with the present address of every shard, and its length."""
     places = [
         (index, shard, tensor)
         for index, local in enumerate(layout)
@@ -73,5 +73,4 @@ def staged_array(layout: Sequence[LocalTensor]) -> ctypes.Array:
         target.shard = shard
         target.address = tensor.data_ptr()
         target.strides[: len(strides)] = strides
-    array.count = len(places)
-    return array
+    return array, len(places)

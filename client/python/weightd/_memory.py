@@ -81,7 +81,7 @@ def share(tensors: Sequence[tuple[str, Any]]) -> dict[int, SharedStorage]:
         errors.SharedMemoryError: /dev/shm has not enough room; nothing was moved.
         errors.ResourceError: too few file descriptors; nothing was moved.
     """
-    storages = {}
+    storages: dict[int, tuple[str, Any]] = {}
     for name, tensor in tensors:
         storage = tensor.untyped_storage()
         if storage.nbytes() > 0:

@@ -157,14 +157,17 @@ def rename(pairs: list[tuple[str, Any]], name_map: Optional[NameMap]) -> list[tu
     Raises:
         errors.LayoutError: two tensors end under one name, or a mapping has keys that fit nothing.
     """
-    renamed, used, sources = [], set(), {}
+    renamed: list[tuple[str, Any]] = []
+    used: set[str] = set()
+    sources: dict[str, str] = {}
     for raw, tensor in pairs:
-        name: Optional[str] = ".".join(c for c in raw.split(".") if c not in _WRAPPERS)
+        stripped = ".".join(c for c in raw.split(".") if c not in _WRAPPERS)
+        name: Optional[str] = stripped
         if isinstance(name_map, Mapping):
-            used.add(name)
-            name = name_map.get(name, name)
+            used.add(stripped)
+            name = name_map.get(stripped, stripped)
         elif name_map is not None:
-            name = name_map(name)
+            name = name_map(stripped)
         if name is None:
             continue
         if name in sources:

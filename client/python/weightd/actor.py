@@ -76,7 +76,7 @@ class Actor:
         _native.check(lib.weightd_actor_open(ctypes.byref(options), ctypes.byref(handle)))
         self.model = model
         self._lib = lib
-        self._handle = handle.value
+        self._handle: int = handle.value or 0
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._source: Optional[Source] = None  # what register() was given
@@ -210,10 +210,9 @@ class Actor:
                 array = _marshal.tensor_array(source.layout, None)
                 self._register_native(array, len(source.layout))
             self._described = self._staged = source
-            staged = _marshal.staged_array(source.layout)
+            staged, count = _marshal.staged_array(source.layout)
             options.staged = ctypes.cast(staged, ctypes.POINTER(_native.Staged))
-            options.num_staged = staged.count
-            options.keep_alive = staged
+            options.num_staged = count
             return None
         if self._source is None:
             raise state_error(
@@ -250,8 +249,8 @@ class Actor:
         _native.check(self._lib.weightd_actor_sync_begin(self._handle, ctypes.byref(options)))
         try:
             while True:
-                ended, ack = self._wait_slice()
-                if ended:
+                ack = self._wait_slice()
+                if ack is not None:
                     return ack
         except Error:
             raise
@@ -259,24 +258,24 @@ class Actor:
             self._cancel_and_drain()
             raise
 
-    def _wait_slice(self) -> tuple[bool, Optional[Ack]]:
-        """Waits one slice, so that signals are answered; (True, ack) when the sync has ended."""
+    def _wait_slice(self) -> Optional[Ack]:
+        """Waits one slice, so that signals are answered; None while the sync runs."""
         result, error = ctypes.c_void_p(), ctypes.c_void_p()
         ended = self._lib.weightd_actor_sync_wait(
             self._handle, _SLICE_MS, ctypes.byref(result), ctypes.byref(error)
         )
         if not ended:
-            return False, None
+            return None
         text = _native.take_string(result.value)
         _native.check(error.value)
-        return True, Ack.from_json(text)
+        return Ack.from_json(text)
 
     def _cancel_and_drain(self) -> None:
         """Cancels the running sync and waits, for at most ten seconds, until it has ended."""
         self._lib.weightd_actor_sync_cancel(self._handle)
         for _ in range(_CANCEL_SLICES):
             try:
-                if self._wait_slice()[0]:
+                if self._wait_slice() is not None:
                     return
             except Error:
                 return

@@ -105,7 +105,7 @@ class EngineRank:
         shared = _memory.share(pairs)
         handle = ctypes.c_void_p()
         _native.check(self._lib.weightd_engine_open(ctypes.byref(options), ctypes.byref(handle)))
-        self._handle = handle.value
+        self._handle: int = handle.value or 0
         self._pid = os.getpid()
         self._params = pairs
         self._lock = threading.Lock()  # one native call at a time, except state
