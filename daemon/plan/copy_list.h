@@ -3,8 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <iterator>
-#include <vector>
 
 #include "daemon/layout/box.h"
 
@@ -21,9 +21,9 @@ struct Copy {
   bool operator==(const Copy&) const = default;
 };
 
-/// A list of copies of about 90 bytes each instead of 300. Elements are returned by value; the
-/// list reads like a const std::vector<Copy> otherwise.
-/// Thread safety: as std::vector.
+/// A list of copies of about 60 bytes each instead of 300. Elements are returned by value; the
+/// list reads like a const std::deque<Copy> otherwise.
+/// Thread safety: as std::deque.
 class CopyList {
  public:
   class Iterator {
@@ -53,21 +53,30 @@ class CopyList {
   Iterator begin() const { return {this, 0}; }
   Iterator end() const { return {this, size()}; }
 
+  /// Elements that a copy lands.
+  uint64_t TargetElements(size_t position) const;
+
   void push_back(const Copy& copy);
-  /// Gives back what growing left unused.
-  void shrink_to_fit();
+
+  /// Sorts the copies from `begin` on by the origin of their targets, row-major.
+  /// \pre these have equally many target dimensions
+  void SortByTarget(size_t begin);
 
  private:
   struct Head {
-    uint64_t first = 0;  ///< position in numbers_: source origin, extent, target origin, extent
+    uint64_t first = 0;  ///< into numbers_: source origin, extent, target origin, extent
     uint32_t write = 0;
     uint32_t source_rank = 0;
     uint32_t shard = 0;
     int8_t source_dims = 0;
     int8_t target_dims = 0;
+    bool wide = false;  ///< a number takes two words, low one first
   };
-  std::vector<Head> heads_;
-  std::vector<int64_t> numbers_;
+  int64_t Number(const Head& head, int position) const;
+  Dims Unpack(const Head& head, int position, int count) const;
+
+  std::deque<Head> heads_;  // deques: growing a vector would touch twice the memory
+  std::deque<uint32_t> numbers_;
 };
 
 }  // namespace weightd

@@ -20,75 +20,92 @@ struct WritesByParam {
   }
 };
 
-/// Where the part `cell` of a write's source lands. Permutation is the write's.
-Box TargetOf(const Write& write, const Box& cell) {
-  Box target = write.target;
-  for (int j = 0; j < target.num_dims(); ++j) {
-    const int dim = write.source_dim[static_cast<size_t>(j)];
-    if (dim < 0) continue;
-    target.origin[j] += cell.origin[dim] - write.source.origin[dim];
-    target.extent[j] = cell.extent[dim];
-  }
-  return target;
+uint64_t Elements(const Box& box) { return static_cast<uint64_t>(box.num_elements()); }
+
+/// Outermost dimension that can be cut; num_dims() if there is none.
+int OuterDim(const Box& box) {
+  int dim = 0;
+  while (dim < box.num_dims() && box.extent[dim] == 1) ++dim;
+  return dim;
 }
 
-/// Appends copies to a plan, in their final order, and cuts windows.
-class WindowCutter {
+/// Appends the copies of one write to a list, in parts if a copy does not fit a window.
+class WriteLister {
  public:
-  WindowCutter(const RankLayout& layout, const WindowLimits& limits)
-      : layout_(layout), limits_(limits) {}
-
-  /// Adds a copy, in parts along its outer dimensions if it does not fit a window.
-  void Add(const Copy& copy) {
-    const Write& write = layout_.writes[copy.write];
-    const uint64_t element = SizeBytes(layout_.params[write.param].dtype);
-    const uint64_t bytes = static_cast<uint64_t>(copy.target.num_elements()) * element;
-    const int dim = bytes <= limits_.bytes ? copy.target.num_dims() : OuterDim(copy.target);
-    if (dim == copy.target.num_dims()) {
-      Append(copy, bytes);
-      return;
-    }
-    const int64_t extent = copy.target.extent[dim];
-    const uint64_t slice_bytes = bytes / static_cast<uint64_t>(extent);
-    const auto step = static_cast<int64_t>(std::max<uint64_t>(1, limits_.bytes / slice_bytes));
-    for (int64_t begin = 0; begin < extent; begin += step) {
-      Add(Slice(copy, write, dim, begin, std::min(step, extent - begin)));
-    }
+  WriteLister(const RankLayout& layout, uint32_t position, uint64_t window_bytes, CopyList& list)
+      : write_(layout.writes[position]),
+        element_(SizeBytes(layout.params[write_.param].dtype)),
+        window_bytes_(window_bytes),
+        list_(list) {
+    copy_.write = position;
+    copy_.target = write_.target;
   }
 
-  RankPlan Finish() && {
-    Close();
-    plan_.copies.shrink_to_fit();
-    return std::move(plan_);
+  void ListZeroFill() { Split(copy_, Elements(copy_.target) * element_); }
+
+  /// Adds the part `cell` of the source, which `rank` holds in `shard`.
+  void List(const Box& cell, uint32_t rank, uint32_t shard) {
+    copy_.source_rank = rank;
+    copy_.shard = shard;
+    copy_.source = cell;
+    for (int j = 0; j < copy_.target.num_dims(); ++j) {
+      const int dim = write_.source_dim[static_cast<size_t>(j)];
+      if (dim < 0) continue;
+      copy_.target.origin[j] =
+          write_.target.origin[j] + cell.origin[dim] - write_.source.origin[dim];
+      copy_.target.extent[j] = cell.extent[dim];
+    }
+    Split(copy_, Elements(cell) * element_);
   }
 
  private:
-  /// Outermost dimension that can be cut; num_dims() if there is none.
-  static int OuterDim(const Box& box) {
-    int dim = 0;
-    while (dim < box.num_dims() && box.extent[dim] == 1) ++dim;
-    return dim;
-  }
-
-  static Copy Slice(Copy copy, const Write& write, int dim, int64_t begin, int64_t extent) {
-    copy.target.origin[dim] += begin;
-    copy.target.extent[dim] = extent;
-    const int source_dim = write.source_dim[static_cast<size_t>(dim)];
-    if (!write.zero_fill && source_dim >= 0) {
-      copy.source.origin[source_dim] += begin;
-      copy.source.extent[source_dim] = extent;
+  /// Cuts along the outermost dimension until the parts fit or are single elements.
+  void Split(const Copy& copy, uint64_t bytes) {
+    const int dim = bytes <= window_bytes_ ? copy.target.num_dims() : OuterDim(copy.target);
+    if (dim == copy.target.num_dims()) {
+      list_.push_back(copy);
+      return;
     }
-    return copy;
+    const int source_dim = write_.zero_fill ? -1 : write_.source_dim[static_cast<size_t>(dim)];
+    const int64_t extent = copy.target.extent[dim];
+    const uint64_t slice_bytes = bytes / static_cast<uint64_t>(extent);
+    const auto step = static_cast<int64_t>(std::max<uint64_t>(1, window_bytes_ / slice_bytes));
+    Copy part = copy;
+    for (int64_t begin = 0; begin < extent; begin += step) {
+      const int64_t indices = std::min(step, extent - begin);
+      part.target.origin[dim] = copy.target.origin[dim] + begin;
+      part.target.extent[dim] = indices;
+      if (source_dim >= 0) {
+        part.source.origin[source_dim] = copy.source.origin[source_dim] + begin;
+        part.source.extent[source_dim] = indices;
+      }
+      Split(part, slice_bytes * static_cast<uint64_t>(indices));
+    }
   }
 
-  void Append(const Copy& copy, uint64_t bytes) {
-    const bool full =
-        window_.bytes + bytes > limits_.bytes || window_.end - window_.begin >= limits_.operations;
-    if (full) Close();
-    plan_.copies.push_back(copy);
-    ++window_.end;
-    window_.bytes += bytes;
-    plan_.bytes += bytes;
+  const Write& write_;
+  const uint64_t element_;
+  const uint64_t window_bytes_;
+  CopyList& list_;
+  Copy copy_;
+};
+
+/// Cuts windows off a growing list of copies.
+class WindowCutter {
+ public:
+  WindowCutter(const WindowLimits& limits, RankPlan& plan) : limits_(limits), plan_(plan) {}
+
+  /// Takes in the copies that were appended since, of one parameter.
+  void Take(uint64_t element_bytes) {
+    while (window_.end < plan_.copies.size()) {
+      const uint64_t bytes = plan_.copies.TargetElements(window_.end) * element_bytes;
+      const bool full = window_.bytes + bytes > limits_.bytes ||
+                        window_.end - window_.begin >= limits_.operations;
+      if (full) Close();
+      ++window_.end;
+      window_.bytes += bytes;
+      plan_.bytes += bytes;
+    }
   }
 
   void Close() {
@@ -96,46 +113,40 @@ class WindowCutter {
     window_ = {window_.end, window_.end, 0};
   }
 
-  const RankLayout& layout_;
+ private:
   const WindowLimits& limits_;
-  RankPlan plan_;
+  RankPlan& plan_;
   Window window_;
 };
-
-bool LandsBefore(const Copy& a, const Copy& b) {
-  return std::lexicographical_compare(a.target.origin.begin(), a.target.origin.end(),
-                                      b.target.origin.begin(), b.target.origin.end());
-}
 
 }  // namespace
 
 RankPlan EnumerateRank(const TensorTable& table, const SourceGrid& grid, const RankLayout& layout,
                        const WindowLimits& limits) {
+  RankPlan plan;
   const WritesByParam writes(layout);
-  WindowCutter cutter(layout, limits);
-  std::vector<Copy> copies;  // of one parameter
+  WindowCutter windows(limits, plan);
   for (uint32_t param : LayerOrder(layout.params)) {
-    copies.clear();
+    const size_t first_copy = plan.copies.size();
     for (uint32_t i = writes.first[param]; i < writes.first[param + 1]; ++i) {
-      const uint32_t position = writes.write[i];
-      const Write& write = layout.writes[position];
+      const Write& write = layout.writes[writes.write[i]];
       if (write.target.empty()) continue;
+      WriteLister lister(layout, writes.write[i], limits.bytes, plan.copies);
       if (write.zero_fill) {
-        copies.push_back({position, 0, 0, Box(), write.target});
+        lister.ListZeroFill();
         continue;
       }
       WEIGHTD_CHECK(write.tensor < table.size());
       grid.ForEachOwner(write.tensor, write.source,
-                        [&](const Box& cell, uint32_t rank, uint32_t shard) {
-                          copies.push_back({position, rank, shard, cell, TargetOf(write, cell)});
+                        [&lister](const Box& cell, uint32_t rank, uint32_t shard) {
+                          lister.List(cell, rank, shard);
                         });
     }
-    if (!std::is_sorted(copies.begin(), copies.end(), LandsBefore)) {
-      std::sort(copies.begin(), copies.end(), LandsBefore);
-    }
-    for (const Copy& copy : copies) cutter.Add(copy);
+    plan.copies.SortByTarget(first_copy);
+    windows.Take(SizeBytes(layout.params[param].dtype));
   }
-  return std::move(cutter).Finish();
+  windows.Close();
+  return plan;
 }
 
 }  // namespace weightd

@@ -55,14 +55,28 @@ std::vector<uint64_t> CutHashes(const TensorTable& table, std::span<const RankSh
   return hashes;
 }
 
-bool CutAlike(const TensorTable& table, std::span<const RankShards> shards, uint32_t a,
-              uint32_t b) {
-  if (table[a].dtype != table[b].dtype || table[a].shape != table[b].shape) return false;
-  return std::all_of(shards.begin(), shards.end(), [a, b](const RankShards& held) {
-    const auto* index = held.box_index.data();
-    return std::equal(index + held.first[a], index + held.first[a + 1], index + held.first[b],
-                      index + held.first[b + 1]);
-  });
+/// For every tensor the first one that is cut exactly alike.
+std::vector<uint32_t> FindAlike(const TensorTable& table, std::span<const RankShards> shards) {
+  const std::vector<uint64_t> hashes = CutHashes(table, shards);
+  std::unordered_map<uint64_t, uint32_t> first_of_hash;
+  std::vector<uint32_t> alike(table.size());
+  for (uint32_t t = 0; t < table.size(); ++t) {
+    const uint32_t other = first_of_hash.try_emplace(hashes[t], t).first->second;
+    const bool same = table[other].dtype == table[t].dtype && table[other].shape == table[t].shape;
+    alike[t] = same ? other : t;
+  }
+  // Equal hashes prove nothing: tensors that are not cut alike after all stand for themselves.
+  for (const RankShards& held : shards) {
+    const uint32_t* index = held.box_index.data();
+    for (uint32_t t = 0; t < table.size(); ++t) {
+      const uint32_t other = alike[t];
+      if (other == t) continue;
+      const bool same = std::equal(index + held.first[t], index + held.first[t + 1],
+                                   index + held.first[other], index + held.first[other + 1]);
+      if (!same) alike[t] = t;
+    }
+  }
+  return alike;
 }
 
 /// Hands replicated boxes to their holders so that the bytes that ranks send stay even.
@@ -118,26 +132,16 @@ struct SourceGrid::Impl {
   /// Finds or builds the tiling of every tensor.
   Status Intern(const TensorTable& table, std::span<const RankShards> shards,
                 uint64_t min_stripe_bytes) {
-    const std::vector<uint64_t> hashes = CutHashes(table, shards);
-    struct Known {
-      uint32_t tiling;
-      uint32_t tensor;
-    };
-    std::unordered_multimap<uint64_t, Known> known;
+    const std::vector<uint32_t> alike = FindAlike(table, shards);
     tiling_of.resize(table.size());
     for (uint32_t t = 0; t < table.size(); ++t) {
-      const auto [begin, end] = known.equal_range(hashes[t]);
-      const auto alike = std::find_if(begin, end, [&](const auto& entry) {
-        return CutAlike(table, shards, entry.second.tensor, t);
-      });
-      if (alike != end) {
-        tiling_of[t] = alike->second.tiling;
+      if (alike[t] != t) {
+        tiling_of[t] = tiling_of[alike[t]];
         continue;
       }
       WEIGHTD_ASSIGN_OR_RETURN(TilingIndex tiling,
                                TilingIndex::Build(table[t], t, shards, min_stripe_bytes));
       tiling_of[t] = static_cast<uint32_t>(tilings.size());
-      known.emplace(hashes[t], Known{tiling_of[t], t});
       tilings.push_back(std::move(tiling));
     }
     return absl::OkStatus();
@@ -182,8 +186,7 @@ StatusOr<SourceGrid> SourceGrid::Build(const TensorTable& table, std::span<const
 
 void SourceGrid::ForEachOwner(uint32_t tensor, const Box& box, OwnerFn fn) const {
   impl_->tilings[impl_->tiling_of[tensor]].ForEachHolder(
-      box, impl_->turns.data() + impl_->first_turn[tensor],
-      [fn](const Box& cell, Holder holder) { fn(cell, holder.rank, holder.shard); });
+      box, impl_->turns.data() + impl_->first_turn[tensor], fn);
 }
 
 void SourceGrid::ForEachReplicated(absl::FunctionRef<void(const ReplicatedShard&)> fn) const {

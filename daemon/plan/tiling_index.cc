@@ -174,17 +174,16 @@ int64_t TilingIndex::StripeElements(size_t piece, uint32_t stripe) const {
   return whole.num_elements() / extent * indices;
 }
 
-void TilingIndex::ForEachHolder(const Box& box, const uint32_t* turns,
-                                absl::FunctionRef<void(const Box&, Holder)> fn) const {
+void TilingIndex::ForEachHolder(const Box& box, const uint32_t* turns, HolderFn fn) const {
   if (box.empty()) return;
   size_t piece = 0;
   if (num_dims_ > 0) {
     const auto reached = std::upper_bound(reach_.begin(), reach_.end(), box.origin[sweep_]);
     piece = static_cast<size_t>(std::distance(reach_.begin(), reached));
   }
+  Box cell = box;
   for (; piece < pieces_.size(); ++piece) {
     if (num_dims_ > 0 && begin(piece, sweep_) >= box.end(sweep_)) break;
-    Box cell = box;
     bool meets = true;
     for (int dim = 0; meets && dim < cell.num_dims(); ++dim) {
       const int64_t from = std::max(box.origin[dim], begin(piece, dim));
@@ -198,12 +197,12 @@ void TilingIndex::ForEachHolder(const Box& box, const uint32_t* turns,
 }
 
 void TilingIndex::EmitPiece(size_t piece, const Box& cell, const uint32_t* turns,
-                            absl::FunctionRef<void(const Box&, Holder)> fn) const {
+                            HolderFn fn) const {
   const Piece& of = pieces_[piece];
   const Holder* holders = holders_.data() + of.first_holder;
-  if (of.num_holders == 1) return fn(cell, holders[0]);
+  if (of.num_holders == 1) return fn(cell, holders[0].rank, holders[0].shard);
   const uint32_t turn = turns[of.replicated];
-  if (of.stripe_dim < 0) return fn(cell, holders[turn]);
+  if (of.stripe_dim < 0) return fn(cell, holders[turn].rank, holders[turn].shard);
   const int dim = of.stripe_dim;
   const int64_t origin = begin(piece, dim);
   const int64_t extent = end(piece, dim) - origin;
@@ -216,7 +215,8 @@ void TilingIndex::EmitPiece(size_t piece, const Box& cell, const uint32_t* turns
     if (from >= to) continue;
     part.origin[dim] = from;
     part.extent[dim] = to - from;
-    fn(part, holders[(stripe + turn) % of.num_holders]);
+    const Holder& holder = holders[(stripe + turn) % of.num_holders];
+    fn(part, holder.rank, holder.shard);
   }
 }
 

@@ -26,10 +26,10 @@ class TilingIndex {
   static StatusOr<TilingIndex> Build(const TensorInfo& tensor, uint32_t position,
                                      std::span<const RankShards> shards, uint64_t min_stripe_bytes);
 
-  /// Calls fn(cell, holder) for disjoint cells that together are `box`. turns[i] says which holder
-  /// of the i-th replicated box comes first.
-  void ForEachHolder(const Box& box, const uint32_t* turns,
-                     absl::FunctionRef<void(const Box&, Holder)> fn) const;
+  /// Calls fn(cell, rank, shard) for disjoint cells that together are `box`. turns[i] says which
+  /// holder of the i-th replicated box comes first.
+  using HolderFn = absl::FunctionRef<void(const Box&, uint32_t, uint32_t)>;
+  void ForEachHolder(const Box& box, const uint32_t* turns, HolderFn fn) const;
 
   /// A distinct box and its holders, by ascending rank.
   struct Piece {
@@ -51,8 +51,7 @@ class TilingIndex {
  private:
   void AddPiece(const Box& box, std::span<const Holder> holders, uint64_t element_bytes,
                 uint64_t min_stripe_bytes);
-  void EmitPiece(size_t piece, const Box& cell, const uint32_t* turns,
-                 absl::FunctionRef<void(const Box&, Holder)> fn) const;
+  void EmitPiece(size_t piece, const Box& cell, const uint32_t* turns, HolderFn fn) const;
   int64_t begin(size_t piece, int dim) const {
     return bounds_[2 * (piece * num_dims_ + static_cast<size_t>(dim))];
   }
