@@ -1,0 +1,207 @@
+#include "daemon/server/actor_stream.h"
+
+#include "daemon/base/log.h"
+#include "daemon/base/version.h"
+#include "daemon/server/report_proto.h"
+#include "daemon/wire/convert.h"
+
+namespace weightd {
+namespace {
+
+class ActorStream;
+
+class Port : public ActorPort {
+ public:
+  explicit Port(ActorStream* stream) : handle_(stream) {}
+  void SendProgress(uint64_t request, const SyncProgress& progress) override;
+  void SendReport(uint64_t request, const SyncReport& report) override;
+  void SendWorkerChanged(const WorkerEndpoint& endpoint) override;
+  void Send(v1::ActorEvent event);
+  StreamHandle<ActorStream>& handle() { return handle_; }
+
+ private:
+  StreamHandle<ActorStream> handle_;
+};
+
+class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
+ public:
+  ActorStream(ServerContext context, grpc::CallbackServerContext* call)
+      : Stream(call), context_(context), port_(std::make_shared<Port>(this)) {
+    shards_.first.push_back(0);
+    Start();
+  }
+
+ private:
+  void OnMessage(v1::ActorRequest& request) override {
+    Status status;
+    if (session_ == nullptr && !request.has_hello()) {
+      status = Error(StatusCode::kInvalidArgument, reason::kProtocol,
+                     "use the client library of this release", "the first message must be hello");
+    } else {
+      status = Dispatch(request);
+    }
+    if (status.ok()) return;
+    spdlog::info("actor refused: {}", Message(status));
+    v1::ActorEvent event;
+    *event.mutable_error()->mutable_detail() = ToProto(status);
+    const bool fatal = session_ == nullptr;
+    event.mutable_error()->set_fatal(fatal);
+    Send(std::move(event));
+    if (fatal) Close();
+  }
+
+  Status Dispatch(v1::ActorRequest& request) {
+    switch (request.request_case()) {
+      case v1::ActorRequest::kHello:
+        return OnHello(request.hello());
+      case v1::ActorRequest::kShards:
+        return AppendShards(request.shards(), shards_);
+      case v1::ActorRequest::kRegister:
+        return OnRegister(request.register_());
+      case v1::ActorRequest::kTable:
+        return OnTable(request.table());
+      case v1::ActorRequest::kSync:
+        return OnSync(request.sync());
+      case v1::ActorRequest::kCancel:
+        context_.coordinator.CancelSync(*session_);
+        return absl::OkStatus();
+      case v1::ActorRequest::REQUEST_NOT_SET:
+        break;
+    }
+    return Error(StatusCode::kInvalidArgument, reason::kProtocol,
+                 "use the client library of this release", "empty or unknown request");
+  }
+
+  Status OnHello(const v1::ActorHello& hello) {
+    if (session_ != nullptr) {
+      return Error(StatusCode::kInvalidArgument, reason::kProtocol, "open a new stream",
+                   "hello was sent twice");
+    }
+    WEIGHTD_RETURN_IF_ERROR(CheckProtocol(hello.protocol()));
+    ActorIdentity identity;
+    identity.model = hello.model();
+    identity.group = hello.group();
+    identity.group_order = hello.group_order();
+    identity.rank = static_cast<int>(hello.rank());
+    identity.world_size = static_cast<int>(hello.world_size());
+    identity.process = Describe(hello.process());
+    WEIGHTD_ASSIGN_OR_RETURN(session_, context_.coordinator.JoinActor(identity, port_));
+    watch_ = context_.watcher.Watch(hello.process(), [port = port_] {
+      port->handle().With([](ActorStream& stream) { stream.Abort(); });
+    });
+    v1::ActorEvent event;
+    v1::ActorWelcome* welcome = event.mutable_welcome();
+    *welcome->mutable_protocol() = OurProtocol();
+    welcome->set_epoch(context_.coordinator.epoch());
+    welcome->set_daemon_version(kVersion);
+    welcome->set_max_message_bytes(kMaxMessageBytes);
+    Send(std::move(event));
+    return absl::OkStatus();
+  }
+
+  Status OnRegister(const v1::ActorRegister& request) {
+    digest_ = request.table_digest();
+    num_tensors_ = request.num_tensors();
+    table_.clear();
+    if (!context_.coordinator.WantsTable(*session_, digest_)) return Finish(std::nullopt);
+    v1::ActorEvent event;
+    event.mutable_table_wanted();
+    Send(std::move(event));
+    return absl::OkStatus();
+  }
+
+  Status OnTable(const v1::TensorTablePage& page) {
+    for (const v1::TensorSpec& spec : page.tensors()) {
+      WEIGHTD_ASSIGN_OR_RETURN(TensorInfo tensor, FromProto(spec));
+      table_.push_back(std::move(tensor));
+    }
+    if (!page.last()) return absl::OkStatus();
+    if (table_.size() != num_tensors_) {
+      return Error(StatusCode::kInvalidArgument, reason::kProtocol,
+                   "use the client library of this release",
+                   "table has {} tensors, {} were announced", table_.size(), num_tensors_);
+    }
+    return Finish(std::move(table_));
+  }
+
+  Status Finish(std::optional<TensorTable> table) {
+    RankShards shards;
+    shards.first.push_back(0);
+    std::swap(shards, shards_);
+    table_.clear();
+    WEIGHTD_ASSIGN_OR_RETURN(const WorkerEndpoint endpoint,
+                             context_.coordinator.RegisterActor(
+                                 *session_, digest_, std::move(table), std::move(shards)));
+    v1::ActorEvent event;
+    *event.mutable_registered()->mutable_worker() = ToProto(endpoint);
+    Send(std::move(event));
+    return absl::OkStatus();
+  }
+
+  Status OnSync(const v1::ActorSync& sync) {
+    SyncRequest request;
+    request.version = sync.version();
+    request.request = sync.request();
+    request.require_replicas = sync.require_replicas();
+    request.check_replicas = sync.check_replicas();
+    request.refused = FromProto(sync.refused());
+    if (session_->member == MemberId::kNone) {
+      return Error(StatusCode::kFailedPrecondition, reason::kProtocol,
+                   "call register() before sync()", "nothing is registered");
+    }
+    context_.coordinator.RequestSync(*session_, std::move(request));
+    return absl::OkStatus();
+  }
+
+  void OnClosed() override {
+    context_.watcher.Unwatch(watch_);
+    port_->handle().Detach();
+    if (session_ != nullptr) {
+      context_.coordinator.LeaveActor(*session_, Error(StatusCode::kUnavailable, reason::kPeerLost,
+                                                       "", "its connection ended"));
+    }
+  }
+
+  ServerContext context_;
+  std::shared_ptr<Port> port_;
+  std::shared_ptr<ActorSession> session_;
+  uint64_t watch_ = 0;
+  std::string digest_;
+  uint32_t num_tensors_ = 0;
+  RankShards shards_;
+  TensorTable table_;
+};
+
+void Port::Send(v1::ActorEvent event) {
+  handle_.With([&](ActorStream& stream) { stream.Send(std::move(event)); });
+}
+
+void Port::SendProgress(uint64_t request, const SyncProgress& progress) {
+  v1::ActorEvent event;
+  v1::SyncProgress* proto = event.mutable_progress();
+  *proto = ToProto(progress);
+  proto->set_request(request);
+  Send(std::move(event));
+}
+
+void Port::SendReport(uint64_t request, const SyncReport& report) {
+  v1::ActorEvent event;
+  *event.mutable_result() = ToProto(report);
+  event.mutable_result()->set_request(request);
+  Send(std::move(event));
+}
+
+void Port::SendWorkerChanged(const WorkerEndpoint& endpoint) {
+  v1::ActorEvent event;
+  *event.mutable_worker_changed() = ToProto(endpoint);
+  Send(std::move(event));
+}
+
+}  // namespace
+
+grpc::ServerBidiReactor<v1::ActorRequest, v1::ActorEvent>* ActorService::Session(
+    grpc::CallbackServerContext* call) {
+  return new ActorStream(context_, call);
+}
+
+}  // namespace weightd

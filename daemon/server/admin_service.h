@@ -1,0 +1,34 @@
+#pragma once
+
+#include "daemon/server/worker_stream.h"
+#include "weightd/v1/admin.grpc.pb.h"
+
+namespace weightd {
+
+/// weightd.v1.AdminService: reads only.
+class AdminService : public v1::AdminService::CallbackService {
+ public:
+  AdminService(Coordinator& coordinator, WorkerSupervisor& supervisor, WorkerService& workers)
+      : coordinator_(coordinator), supervisor_(supervisor), workers_(workers) {}
+
+  grpc::ServerUnaryReactor* GetStatus(grpc::CallbackServerContext* call,
+                                      const v1::GetStatusRequest* request,
+                                      v1::GetStatusResponse* response) override;
+  grpc::ServerUnaryReactor* GetPlan(grpc::CallbackServerContext* call,
+                                    const v1::GetPlanRequest* request,
+                                    v1::GetPlanResponse* response) override;
+
+  void SetDraining() { draining_ = true; }
+
+ private:
+  Coordinator& coordinator_;
+  WorkerSupervisor& supervisor_;
+  WorkerService& workers_;
+  const Clock::time_point start_ = Clock::now();
+  std::atomic<bool> draining_{false};
+};
+
+/// The plan as weightctl shows it. `limit`: tensors listed at the most.
+v1::GetPlanResponse DescribePlan(const PlanView& view, const std::string& tensor, uint32_t limit);
+
+}  // namespace weightd

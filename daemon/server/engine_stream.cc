@@ -1,0 +1,202 @@
+#include "daemon/server/engine_stream.h"
+
+#include "daemon/base/log.h"
+#include "daemon/base/version.h"
+#include "daemon/server/report_proto.h"
+#include "daemon/wire/convert.h"
+
+namespace weightd {
+namespace {
+
+class EngineStream;
+
+class Port : public EnginePort {
+ public:
+  explicit Port(EngineStream* stream) : handle_(stream) {}
+  void SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) override;
+  void SendCommit(AttemptId attempt, uint64_t version) override;
+  void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) override;
+  void SendWorkerChanged(const WorkerEndpoint& endpoint) override;
+  void Send(v1::EngineEvent event);
+  StreamHandle<EngineStream>& handle() { return handle_; }
+
+ private:
+  StreamHandle<EngineStream> handle_;
+};
+
+class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
+ public:
+  EngineStream(ServerContext context, grpc::CallbackServerContext* call)
+      : Stream(call), context_(context), port_(std::make_shared<Port>(this)) {
+    Start();
+  }
+
+ private:
+  void OnMessage(v1::EngineRequest& request) override {
+    Status status;
+    if (session_ == nullptr && !request.has_hello()) {
+      status = Error(StatusCode::kInvalidArgument, reason::kProtocol,
+                     "use the client library of this release", "the first message must be hello");
+    } else {
+      status = Dispatch(request);
+    }
+    if (status.ok()) return;
+    spdlog::info("engine refused: {}", Message(status));
+    v1::EngineEvent event;
+    *event.mutable_error()->mutable_detail() = ToProto(status);
+    const bool fatal = session_ == nullptr;
+    event.mutable_error()->set_fatal(fatal);
+    Send(std::move(event));
+    if (fatal) Close();
+  }
+
+  Status Dispatch(v1::EngineRequest& request) {
+    switch (request.request_case()) {
+      case v1::EngineRequest::kHello:
+        return OnHello(request.hello());
+      case v1::EngineRequest::kParams:
+        for (const v1::ParamSpec& spec : request.params().params()) {
+          WEIGHTD_ASSIGN_OR_RETURN(ParamInfo param, FromProto(spec));
+          params_.push_back(std::move(param));
+        }
+        return absl::OkStatus();
+      case v1::EngineRequest::kRegister:
+        return OnRegister(request.register_());
+      case v1::EngineRequest::kQuiesced:
+        context_.coordinator.Quiesced(*session_, FromProto(request.quiesced().attempt()),
+                                      FromProto(request.quiesced().error()));
+        return absl::OkStatus();
+      case v1::EngineRequest::kCommitted: {
+        const v1::EngineCommitted& committed = request.committed();
+        context_.coordinator.Committed(
+            *session_, FromProto(committed.attempt()), FromProto(committed.error()),
+            {committed.caches_reset().begin(), committed.caches_reset().end()});
+        return absl::OkStatus();
+      }
+      case v1::EngineRequest::kReleased:
+        orderly_ = true;
+        Close();
+        return absl::OkStatus();
+      case v1::EngineRequest::REQUEST_NOT_SET:
+        break;
+    }
+    return Error(StatusCode::kInvalidArgument, reason::kProtocol,
+                 "use the client library of this release", "empty or unknown request");
+  }
+
+  Status OnHello(const v1::EngineHello& hello) {
+    if (session_ != nullptr) {
+      return Error(StatusCode::kInvalidArgument, reason::kProtocol, "open a new stream",
+                   "hello was sent twice");
+    }
+    WEIGHTD_RETURN_IF_ERROR(CheckProtocol(hello.protocol()));
+    EngineIdentity identity;
+    identity.model = hello.model();
+    identity.engine = hello.engine();
+    WEIGHTD_ASSIGN_OR_RETURN(identity.coordinates, FromProto(hello.coordinates()));
+    identity.num_ranks = static_cast<int>(std::max<uint32_t>(hello.num_ranks(), 1));
+    identity.process = Describe(hello.process());
+    identity.held_version = hello.held_version();
+    identity.dirty = hello.dirty();
+    num_ranks_ = identity.num_ranks;
+    WEIGHTD_ASSIGN_OR_RETURN(session_, context_.coordinator.JoinEngine(identity, port_));
+    watch_ = context_.watcher.Watch(hello.process(), [port = port_] {
+      port->handle().With([](EngineStream& stream) { stream.Abort(); });
+    });
+    v1::EngineEvent event;
+    v1::EngineWelcome* welcome = event.mutable_welcome();
+    *welcome->mutable_protocol() = OurProtocol();
+    welcome->set_epoch(context_.coordinator.epoch());
+    welcome->set_daemon_version(kVersion);
+    welcome->set_max_message_bytes(kMaxMessageBytes);
+    Send(std::move(event));
+    return absl::OkStatus();
+  }
+
+  Status OnRegister(const v1::EngineRegister& request) {
+    std::vector<ParamInfo> params;
+    std::swap(params, params_);
+    if (params.size() != request.num_params()) {
+      return Error(
+          StatusCode::kInvalidArgument, reason::kProtocol, "use the client library of this release",
+          "{} parameters were sent, {} were announced", params.size(), request.num_params());
+    }
+    EngineModel model;
+    model.architecture = request.architecture();
+    model.profile = request.profile();
+    model.config_json = request.config_json();
+    model.commit_mode = request.commit_mode();
+    model.num_ranks = num_ranks_;
+    WEIGHTD_ASSIGN_OR_RETURN(
+        const WorkerEndpoint endpoint,
+        context_.coordinator.RegisterEngine(*session_, model, std::move(params)));
+    v1::EngineEvent event;
+    *event.mutable_registered()->mutable_worker() = ToProto(endpoint);
+    Send(std::move(event));
+    return absl::OkStatus();
+  }
+
+  void OnClosed() override {
+    context_.watcher.Unwatch(watch_);
+    port_->handle().Detach();
+    if (session_ == nullptr) return;
+    context_.coordinator.LeaveEngine(
+        *session_,
+        orderly_ ? absl::OkStatus()
+                 : Error(StatusCode::kUnavailable, reason::kPeerLost, "", "its connection ended"));
+  }
+
+  ServerContext context_;
+  std::shared_ptr<Port> port_;
+  std::shared_ptr<EngineSession> session_;
+  uint64_t watch_ = 0;
+  int num_ranks_ = 1;
+  bool orderly_ = false;
+  std::vector<ParamInfo> params_;
+};
+
+void Port::Send(v1::EngineEvent event) {
+  handle_.With([&](EngineStream& stream) { stream.Send(std::move(event)); });
+}
+
+void Port::SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) {
+  v1::EngineEvent event;
+  *event.mutable_prepare()->mutable_attempt() = ToProto(attempt);
+  event.mutable_prepare()->set_version(version);
+  event.mutable_prepare()->set_catch_up(catch_up);
+  Send(std::move(event));
+}
+
+void Port::SendCommit(AttemptId attempt, uint64_t version) {
+  v1::EngineEvent event;
+  *event.mutable_commit()->mutable_attempt() = ToProto(attempt);
+  event.mutable_commit()->set_version(version);
+  Send(std::move(event));
+}
+
+void Port::SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) {
+  v1::EngineEvent event;
+  v1::EngineOutcome* proto = event.mutable_outcome();
+  *proto->mutable_attempt() = ToProto(attempt);
+  proto->set_committed(outcome.committed);
+  proto->set_version(outcome.version);
+  proto->set_state(static_cast<v1::EngineState>(outcome.state));
+  if (!outcome.error.ok()) *proto->mutable_error() = ToProto(outcome.error);
+  proto->set_untouched(untouched);
+  Send(std::move(event));
+}
+
+void Port::SendWorkerChanged(const WorkerEndpoint& endpoint) {
+  v1::EngineEvent event;
+  *event.mutable_worker_changed() = ToProto(endpoint);
+  Send(std::move(event));
+}
+
+}  // namespace
+
+grpc::ServerBidiReactor<v1::EngineRequest, v1::EngineEvent>* EngineService::Session(
+    grpc::CallbackServerContext* call) {
+  return new EngineStream(context_, call);
+}
+
+}  // namespace weightd

@@ -1,0 +1,210 @@
+#include "daemon/server/server.h"
+
+#include <grpcpp/health_check_service_interface.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "daemon/base/log.h"
+#include "daemon/base/version.h"
+
+namespace weightd {
+namespace {
+
+SyncOptions SyncOptionsOf(const Config& config) {
+  SyncOptions options;
+  options.admit = config.deadlines.admit;
+  options.prepare = config.deadlines.prepare;
+  options.transfer = config.deadlines.transfer;
+  options.verify = config.deadlines.verify;
+  options.commit = config.deadlines.commit;
+  options.window = {config.limits.window_bytes,
+                    static_cast<uint32_t>(config.limits.window_operations)};
+  options.retain_on_host = config.catch_up.retain == "host";
+  options.catch_up = config.catch_up.enabled;
+  return options;
+}
+
+Status SocketError(const std::string& path, const std::string& what, const std::string& remedy) {
+  return Error(StatusCode::kUnavailable, reason::kSocket, remedy, "cannot listen on {}: {}", path,
+               what);
+}
+
+// True if a living process accepts connections on the path.
+bool InUse(const std::string& path) {
+  const ScopedFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  std::strncpy(address.sun_path, path.c_str(), sizeof address.sun_path - 1);
+  return ::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0;
+}
+
+Status PrepareSocketPath(const std::string& path) {
+  if (path.size() >= sizeof(sockaddr_un::sun_path)) {
+    return SocketError(path, "the path is too long for a unix socket",
+                       "choose a listen.socket of fewer than 108 characters");
+  }
+  const std::string dir = path.substr(0, path.rfind('/'));
+  if (!dir.empty() && ::mkdir(dir.c_str(), 0755) != 0 && errno != EEXIST) {
+    return SocketError(path, fmt::format("cannot create {}: {}", dir, std::strerror(errno)),
+                       "create the directory, or choose another listen.socket");
+  }
+  struct stat info {};
+  if (::lstat(path.c_str(), &info) != 0) {
+    if (::access(dir.empty() ? "/" : dir.c_str(), W_OK) == 0) return absl::OkStatus();
+    return SocketError(path, std::strerror(errno),
+                       "give the daemon write access to the directory, or choose another "
+                       "listen.socket");
+  }
+  if (!S_ISSOCK(info.st_mode)) {
+    return SocketError(path, "a file that is not a socket is there",
+                       "remove it, or choose another listen.socket");
+  }
+  if (InUse(path)) {
+    return SocketError(path, "another daemon is listening there",
+                       "stop it, or choose another listen.socket");
+  }
+  if (::unlink(path.c_str()) != 0) {
+    return SocketError(path, std::strerror(errno), "remove the stale socket file");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+class Server::Observer : public SyncObserver {
+ public:
+  explicit Observer(Metrics& metrics) : metrics_(metrics) {}
+
+  void OnSyncEnd(const std::string& model, const SyncReport& report) override {
+    uint64_t total = 0;
+    for (const auto& [phase, micros] : report.phases) {
+      metrics_.ObservePhase(Name(phase), static_cast<double>(micros) * 1e-6);
+      total += micros;
+    }
+    metrics_.ObservePhase("total", static_cast<double>(total) * 1e-6);
+    metrics_.AddTransferBytes("shm", report.bytes);
+    if (report.error.ok()) {
+      const auto now = std::chrono::system_clock::now().time_since_epoch();
+      metrics_.SetLastSuccess(model, std::chrono::duration<double>(now).count());
+      return;
+    }
+    const std::string reason = FieldsOf(report.error).reason;
+    metrics_.CountFailure(reason);
+    if (reason == reason::kVerifyMismatch) metrics_.CountVerifyMismatch();
+  }
+
+  void OnReplica(const std::string& model, const std::string& engine, int dp_rank,
+                 ReplicaState state, uint64_t version) override {
+    metrics_.SetEngine({model, engine, static_cast<uint32_t>(dp_rank)}, Name(state), version);
+  }
+
+  void OnPlanCompiled(double seconds) override { metrics_.ObservePlanCompile(seconds); }
+
+ private:
+  Metrics& metrics_;
+};
+
+Server::Server(Config config, std::shared_ptr<const LoaderRegistry> loaders,
+               std::unique_ptr<VersionFile> versions)
+    : config_(std::move(config)),
+      metrics_(kVersion, "none"),
+      versions_(std::move(versions)),
+      observer_(std::make_unique<Observer>(metrics_)),
+      coordinator_(std::make_unique<Coordinator>(
+          Coordinator::Config{SyncOptionsOf(config_), versions_->epoch(),
+                              config_.limits.max_tensors},
+          std::move(loaders), *versions_, *observer_)),
+      supervisor_(
+          {config_.listen.socket, config_.RuntimeDir(), "host", config_.worker.threads,
+           config_.worker.peer_check, config_.runtime.log_level, config_.runtime.log_format},
+          config_.worker.restart_backoff, {[this](const std::string& device, const std::string&) {
+            metrics_.CountWorkerRestart(device);
+          }}),
+      actors_({*coordinator_, watcher_}),
+      engines_({*coordinator_, watcher_}),
+      workers_({*coordinator_, watcher_}, supervisor_),
+      admin_(*coordinator_, supervisor_, workers_) {}
+
+StatusOr<std::unique_ptr<Server>> Server::Create(const Config& config) {
+  WEIGHTD_ASSIGN_OR_RETURN(auto loaders, LoaderRegistry::Create(config.runtime.loaders_dir));
+  WEIGHTD_ASSIGN_OR_RETURN(auto versions, VersionFile::Open(config.runtime.state_dir));
+  auto server =
+      std::unique_ptr<Server>(new Server(config, std::move(loaders), std::move(versions)));
+  WEIGHTD_RETURN_IF_ERROR(server->Listen());
+  WEIGHTD_RETURN_IF_ERROR(server->StartHttp());
+  server->supervisor_.Start();
+  return server;
+}
+
+Status Server::Listen() {
+  const std::string& path = config_.listen.socket;
+  WEIGHTD_RETURN_IF_ERROR(PrepareSocketPath(path));
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::ServerBuilder builder;
+  builder.SetMaxReceiveMessageSize(static_cast<int>(config_.limits.max_message_bytes));
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5000);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 2000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddListeningPort("unix:" + path, grpc::InsecureServerCredentials());
+  if (!config_.listen.tcp.empty()) {
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    builder.AddListeningPort(config_.listen.tcp, grpc::InsecureServerCredentials(), &tcp_port_);
+  }
+  builder.RegisterService(&actors_);
+  builder.RegisterService(&engines_);
+  builder.RegisterService(&workers_);
+  builder.RegisterService(&admin_);
+  grpc_ = builder.BuildAndStart();
+  if (grpc_ == nullptr || (!config_.listen.tcp.empty() && tcp_port_ == 0)) {
+    return SocketError(config_.listen.tcp.empty() ? path : path + " and " + config_.listen.tcp,
+                       "the address is taken or not permitted",
+                       "stop what listens there, or change listen.socket and listen.tcp");
+  }
+  owns_socket_ = true;
+  return absl::OkStatus();
+}
+
+Status Server::StartHttp() {
+  if (config_.listen.http.empty()) return absl::OkStatus();
+  HttpCallbacks callbacks;
+  callbacks.ready = [this] {
+    const bool ready = coordinator_->HasWorker();
+    return Readiness{ready, ready ? "" : "the worker of device host is not attached"};
+  };
+  callbacks.engine_ready = [this](const std::string& engine) -> std::optional<Readiness> {
+    const std::optional<bool> ready = coordinator_->EngineReady(engine);
+    if (!ready.has_value()) return std::nullopt;
+    return Readiness{*ready, *ready ? "" : "the engine serves no version"};
+  };
+  callbacks.metrics = [this] { return metrics_.Text(); };
+  WEIGHTD_ASSIGN_OR_RETURN(http_, HttpServer::Create(config_.listen.http, std::move(callbacks)));
+  return absl::OkStatus();
+}
+
+void Server::Drain() {
+  grpc_->GetHealthCheckService()->SetServingStatus(false);
+  admin_.SetDraining();
+  coordinator_->Drain(config_.deadlines.drain);
+}
+
+Server::~Server() {
+  http_.reset();
+  if (grpc_ != nullptr) {
+    grpc_->Shutdown(std::chrono::system_clock::now() + milliseconds(200));
+    grpc_->Wait();
+  }
+  if (owns_socket_) ::unlink(config_.listen.socket.c_str());
+}
+
+Status CheckEnvironment(const Config& config) {
+  WEIGHTD_RETURN_IF_ERROR(LoaderRegistry::Create(config.runtime.loaders_dir).status());
+  return VersionFile::Open(config.runtime.state_dir).status();
+}
+
+}  // namespace weightd

@@ -1,0 +1,232 @@
+#include "daemon/server/worker_stream.h"
+
+#include <algorithm>
+
+#include "daemon/base/log.h"
+#include "daemon/base/version.h"
+#include "daemon/server/plan_pages.h"
+#include "daemon/server/report_proto.h"
+#include "daemon/wire/convert.h"
+
+namespace weightd {
+
+class WorkerPortImpl : public WorkerPort {
+ public:
+  WorkerPortImpl(class WorkerStream* stream, WorkerSupervisor& supervisor, std::string device,
+                 std::string socket_path)
+      : handle_(stream),
+        supervisor_(supervisor),
+        device_(std::move(device)),
+        socket_path_(std::move(socket_path)) {}
+
+  std::string device() const override { return device_; }
+  std::string socket_path() const override { return socket_path_; }
+  void SendExpect(MemberId member, const std::string& token, bool writable,
+                  const std::string& label) override;
+  void SendForget(MemberId member) override;
+  void SendPlan(const WorkerPlan& plan) override;
+  void SendDropPlan(uint64_t handle) override;
+  void SendStep(const StepCommand& command) override;
+  void SendCancel(AttemptId attempt) override;
+  void SendDropRetained(uint64_t version) override;
+  void Kill(const std::string& why) override {
+    spdlog::error("worker is killed: {} device={}", why, device_);
+    supervisor_.Kill();
+  }
+  void Send(v1::WorkerCommand command);
+  StreamHandle<WorkerStream>& handle() { return handle_; }
+
+ private:
+  StreamHandle<WorkerStream> handle_;
+  WorkerSupervisor& supervisor_;
+  const std::string device_;
+  const std::string socket_path_;
+};
+
+class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
+ public:
+  WorkerStream(WorkerService& service, grpc::CallbackServerContext* call)
+      : Stream(call), service_(service) {
+    Start();
+  }
+
+ private:
+  Coordinator& coordinator() { return service_.context_.coordinator; }
+
+  void OnMessage(v1::WorkerReport& report) override {
+    if (port_ == nullptr && !report.has_hello()) {
+      Close(grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "the first message must be hello"));
+      return;
+    }
+    switch (report.report_case()) {
+      case v1::WorkerReport::kHello:
+        return OnHello(report.hello());
+      case v1::WorkerReport::kAttached: {
+        const Status status = FromProto(report.attached().error());
+        if (status.ok()) {
+          const std::lock_guard lock(service_.mu_);
+          service_.mapped_[report.attached().member()] = report.attached().mapped_bytes();
+        }
+        return coordinator().MemberAttached(static_cast<MemberId>(report.attached().member()),
+                                            status);
+      }
+      case v1::WorkerReport::kLost: {
+        {
+          const std::lock_guard lock(service_.mu_);
+          service_.mapped_.erase(report.lost().member());
+        }
+        return coordinator().MemberLost(static_cast<MemberId>(report.lost().member()),
+                                        report.lost().cause());
+      }
+      case v1::WorkerReport::kPlanLoaded:
+        return OnPlanLoaded(report.plan_loaded());
+      case v1::WorkerReport::kProgress: {
+        Event event;
+        event.kind = Event::Kind::kProgress;
+        event.attempt = FromProto(report.progress().attempt());
+        event.bytes = report.progress().bytes_done();
+        return coordinator().WorkerEvent(std::move(event));
+      }
+      case v1::WorkerReport::kDone:
+        return OnDone(report.done());
+      case v1::WorkerReport::REPORT_NOT_SET:
+        return;
+    }
+  }
+
+  void OnHello(const v1::WorkerHello& hello) {
+    if (port_ != nullptr || !CheckProtocol(hello.protocol()).ok() ||
+        hello.token() != service_.supervisor_.token()) {
+      spdlog::warn("a process that is not this daemon's worker tried to attach: pid={}",
+                   hello.pid());
+      Close(grpc::Status(grpc::StatusCode::UNAUTHENTICATED, "not a worker of this daemon"));
+      return;
+    }
+    port_ = std::make_shared<WorkerPortImpl>(this, service_.supervisor_, hello.device(),
+                                             hello.socket_path());
+    coordinator().WorkerUp(port_);
+  }
+
+  void OnPlanLoaded(const v1::PlanLoaded& loaded) {
+    Event event;
+    event.kind = Event::Kind::kPlanLoaded;
+    event.plan = loaded.plan();
+    event.status = FromProto(loaded.error());
+    if (loaded.digest().size() == event.digest.size()) {
+      std::copy(loaded.digest().begin(), loaded.digest().end(), event.digest.begin());
+    }
+    coordinator().WorkerEvent(std::move(event));
+  }
+
+  void OnDone(const v1::StepDone& done) {
+    Event event;
+    event.kind = Event::Kind::kStepDone;
+    event.attempt = FromProto(done.attempt());
+    event.step = static_cast<Step>(done.step());
+    event.status = FromProto(done.error());
+    event.bytes = done.bytes();
+    event.touched = done.touched();
+    for (const v1::TargetDigests& digests : done.digests()) {
+      TargetDigests target;
+      target.target = digests.target();
+      target.tensors.assign(digests.tensors().begin(), digests.tensors().end());
+      target.words.assign(digests.words().begin(), digests.words().end());
+      event.digests.push_back(std::move(target));
+    }
+    coordinator().WorkerEvent(std::move(event));
+  }
+
+  void OnClosed() override {
+    if (port_ == nullptr) return;
+    port_->handle().Detach();
+    {
+      const std::lock_guard lock(service_.mu_);
+      service_.mapped_.clear();
+    }
+    const std::string peer = "worker " + port_->device();
+    coordinator().WorkerDown(
+        port_.get(),
+        WithPeer(Error(StatusCode::kUnavailable, reason::kWorkerLost,
+                       "it is being restarted and clients attach again by themselves: sync again",
+                       "the worker died: device={}", port_->device()),
+                 peer));
+  }
+
+  WorkerService& service_;
+  std::shared_ptr<WorkerPortImpl> port_;
+};
+
+void WorkerPortImpl::Send(v1::WorkerCommand command) {
+  handle_.With([&](WorkerStream& stream) { stream.Send(std::move(command)); });
+}
+
+void WorkerPortImpl::SendExpect(MemberId member, const std::string& token, bool writable,
+                                const std::string& label) {
+  v1::WorkerCommand command;
+  v1::ExpectMember* expect = command.mutable_expect();
+  expect->set_member(Value(member));
+  expect->set_token(token);
+  expect->set_writable(writable);
+  expect->set_label(label);
+  Send(std::move(command));
+}
+
+void WorkerPortImpl::SendForget(MemberId member) {
+  v1::WorkerCommand command;
+  command.mutable_forget()->set_member(Value(member));
+  Send(std::move(command));
+}
+
+void WorkerPortImpl::SendPlan(const WorkerPlan& plan) {
+  for (v1::PlanPage& page : PlanPages(plan)) {
+    v1::WorkerCommand command;
+    command.mutable_plan()->Swap(&page);
+    Send(std::move(command));
+  }
+}
+
+void WorkerPortImpl::SendDropPlan(uint64_t handle) {
+  v1::WorkerCommand command;
+  command.mutable_drop_plan()->set_plan(handle);
+  Send(std::move(command));
+}
+
+void WorkerPortImpl::SendStep(const StepCommand& step) {
+  v1::WorkerCommand command;
+  v1::RunStep* run = command.mutable_run();
+  *run->mutable_attempt() = ToProto(step.attempt);
+  run->set_step(static_cast<v1::Step>(step.step));
+  run->set_plan(step.plan);
+  run->mutable_targets()->Add(step.targets.begin(), step.targets.end());
+  for (MemberId peer : step.peers) run->add_peers(Value(peer));
+  run->set_version(step.version);
+  run->set_deadline_us(
+      static_cast<uint64_t>(std::chrono::duration_cast<microseconds>(step.deadline).count()));
+  Send(std::move(command));
+}
+
+void WorkerPortImpl::SendCancel(AttemptId attempt) {
+  v1::WorkerCommand command;
+  *command.mutable_cancel()->mutable_attempt() = ToProto(attempt);
+  Send(std::move(command));
+}
+
+void WorkerPortImpl::SendDropRetained(uint64_t version) {
+  v1::WorkerCommand command;
+  command.mutable_drop_retained()->set_version(version);
+  Send(std::move(command));
+}
+
+grpc::ServerBidiReactor<v1::WorkerReport, v1::WorkerCommand>* WorkerService::Attach(
+    grpc::CallbackServerContext* call) {
+  return new WorkerStream(*this, call);
+}
+
+std::pair<uint64_t, uint32_t> WorkerService::Mapped() {
+  const std::lock_guard lock(mu_);
+  uint64_t bytes = 0;
+  for (const auto& [member, size] : mapped_) bytes += size;
+  return {bytes, static_cast<uint32_t>(mapped_.size())};
+}
+
+}  // namespace weightd

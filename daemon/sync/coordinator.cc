@@ -1,0 +1,250 @@
+#include "daemon/sync/coordinator.h"
+
+#include <algorithm>
+
+#include "daemon/base/log.h"
+#include "daemon/sync/catch_up.h"
+#include "daemon/sync/room_host.h"
+
+namespace weightd {
+namespace {
+
+constexpr size_t kHistory = 32;
+
+}  // namespace
+
+Coordinator::Coordinator(Config config, std::shared_ptr<const LoaderRegistry> loaders,
+                         VersionStore& store, SyncObserver& observer)
+    : config_(std::move(config)),
+      loaders_(std::move(loaders)),
+      store_(store),
+      observer_(observer) {}
+
+Coordinator::~Coordinator() {
+  {
+    const std::lock_guard lock(mu_);
+    stopping_ = draining_ = true;
+    for (auto& [name, room] : rooms_) {
+      Event event;
+      event.kind = Event::Kind::kWorkerLost;
+      event.status = Error(StatusCode::kUnavailable, reason::kDraining,
+                           "sync again after its restart", "the daemon is shutting down");
+      Post(*room, event);
+    }
+  }
+  jobs_changed_.notify_all();
+  for (auto& [name, room] : rooms_) {
+    if (room->thread.joinable()) room->thread.join();
+  }
+}
+
+ModelRoom& Coordinator::RoomFor(const std::string& model) {
+  std::unique_ptr<ModelRoom>& room = rooms_[model];
+  if (room == nullptr) {
+    room =
+        std::make_unique<ModelRoom>(model, store_.Highest(model), loaders_, config_.sync.window,
+                                    [this](double seconds) { observer_.OnPlanCompiled(seconds); });
+    room->thread = std::jthread([this, raw = room.get()] { RunJobs(*raw); });
+  }
+  return *room;
+}
+
+void Coordinator::Post(ModelRoom& room, const Event& event) {
+  for (const Job& job : room.jobs) job.mailbox->Post(event);
+}
+
+void Coordinator::Enqueue(ModelRoom& room, Job job) {
+  room.jobs.push_back(std::move(job));
+  jobs_changed_.notify_all();
+}
+
+void Coordinator::RunJobs(ModelRoom& room) {
+  std::unique_lock lock(mu_);
+  while (true) {
+    jobs_changed_.wait(lock, [&] { return stopping_ || !room.jobs.empty(); });
+    if (room.jobs.empty()) return;
+    const Job job = room.jobs.front();
+    room.running = true;
+    if (job.sync != nullptr) {
+      room.live = SyncView{.running = true, .version = job.version};
+      room.sync_start = room.phase_start = Clock::now();
+      lock.unlock();
+      const SyncReport report = job.sync->Run();
+      lock.lock();
+      FinishSync(room, report);
+    } else {
+      RunCatchUp(room, job, lock);
+    }
+    room.jobs.pop_front();
+    room.running = false;
+    jobs_changed_.notify_all();
+  }
+}
+
+void Coordinator::FinishSync(ModelRoom& room, const SyncReport& report) {
+  room.live = SyncView{};
+  for (const auto& [phase, micros] : report.phases) {
+    if (phase == Phase::kTransfer && micros > 0 && report.bytes > 0) {
+      room.last_bytes_per_second =
+          static_cast<double>(report.bytes) / (static_cast<double>(micros) * 1e-6);
+    }
+  }
+  room.history.push_front(report);
+  if (room.history.size() > kHistory) room.history.pop_back();
+  observer_.OnSyncEnd(room.model.name(), report);
+  if (report.error.ok()) {
+    spdlog::info("sync done: model={} version={} attempt={} bytes={}", room.model.name(),
+                 report.version, ToString(report.attempt), report.bytes);
+  } else {
+    const ErrorFields fields = FieldsOf(report.error);
+    spdlog::warn("sync failed: {} model={} version={} phase={} reason={} peer={}",
+                 Message(report.error), room.model.name(), report.version, fields.phase,
+                 fields.reason, fields.peer);
+  }
+  for (const auto& replica : room.model.replicas()) MaybeCatchUp(room, replica);
+}
+
+void Coordinator::RequestSync(ActorSession& session, SyncRequest request) {
+  const std::lock_guard lock(mu_);
+  if (session.room == nullptr) return;
+  ModelRoom& room = *session.room;
+  request.member = session.member;
+  request.rank = session.identity.rank;
+  request.port = session.port;
+  if (draining_) {
+    SyncReport report;
+    report.version = request.version;
+    report.error = Error(StatusCode::kUnavailable, reason::kDraining,
+                         "sync again after its restart", "the daemon is shutting down");
+    request.port->SendReport(request.request, report);
+    return;
+  }
+  for (const Job& job : room.jobs) {
+    if (job.sync == nullptr || job.host->group() != session.group.get()) continue;
+    if (job.sync->AddRequest(request)) return;
+  }
+  Job job;
+  job.mailbox = std::make_shared<Mailbox>();
+  job.host = std::make_shared<RoomHost>(*this, room, session.group);
+  job.sync = std::make_shared<SyncSession>(*job.host, *job.mailbox, request.version);
+  job.version = request.version;
+  (void)job.sync->AddRequest(std::move(request));
+  Enqueue(room, std::move(job));
+}
+
+void Coordinator::CancelSync(ActorSession& session) {
+  const std::lock_guard lock(mu_);
+  if (session.room == nullptr) return;
+  Event event;
+  event.kind = Event::Kind::kCancelled;
+  event.member = session.member;
+  Post(*session.room, event);
+}
+
+void Coordinator::Quiesced(EngineSession& session, AttemptId attempt, const Status& status) {
+  const std::lock_guard lock(mu_);
+  if (session.room == nullptr) return;
+  Event event;
+  event.kind = Event::Kind::kQuiesced;
+  event.member = session.member;
+  event.attempt = attempt;
+  event.status = status;
+  Post(*session.room, event);
+}
+
+void Coordinator::Committed(EngineSession& session, AttemptId attempt, const Status& status,
+                            std::vector<std::string> caches_reset) {
+  const std::lock_guard lock(mu_);
+  if (session.room == nullptr) return;
+  Event event;
+  event.kind = Event::Kind::kCommitted;
+  event.member = session.member;
+  event.attempt = attempt;
+  event.status = status;
+  event.caches = std::move(caches_reset);
+  Post(*session.room, event);
+}
+
+void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker) {
+  const std::lock_guard lock(mu_);
+  worker_ = std::move(worker);
+  for (auto& [id, info] : members_) {
+    info.attached = false;
+    worker_->SendExpect(id, info.token, info.writable, info.label);
+    const WorkerEndpoint endpoint{worker_->socket_path(), info.token, id, worker_->device()};
+    if (auto actor = info.actor.lock()) actor->SendWorkerChanged(endpoint);
+    if (auto engine = info.engine.lock()) engine->SendWorkerChanged(endpoint);
+  }
+}
+
+void Coordinator::WorkerDown(const WorkerPort* worker, const Status& cause) {
+  const std::lock_guard lock(mu_);
+  if (worker_.get() != worker) return;
+  worker_.reset();
+  for (auto& [id, info] : members_) info.attached = false;
+  for (auto& [name, room] : rooms_) {
+    room->plans.ForgetLoaded();
+    room->retained_version = 0;
+    Event event;
+    event.kind = Event::Kind::kWorkerLost;
+    event.status = cause;
+    Post(*room, event);
+  }
+}
+
+void Coordinator::MemberAttached(MemberId member, const Status& status) {
+  const std::lock_guard lock(mu_);
+  const auto it = members_.find(member);
+  if (it == members_.end()) return;
+  if (!status.ok()) {
+    spdlog::warn("cannot map a member's memory: {} member={}", Message(status), it->second.label);
+    return;
+  }
+  it->second.attached = true;
+  Event event;
+  event.kind = Event::Kind::kAttached;
+  event.member = member;
+  Post(*it->second.room, event);
+}
+
+void Coordinator::MemberLost(MemberId member, const std::string& cause) {
+  const std::lock_guard lock(mu_);
+  const auto it = members_.find(member);
+  if (it == members_.end()) return;  // it left on purpose
+  MemberInfo& info = it->second;
+  info.attached = false;
+  Event event;
+  event.kind = info.writable ? Event::Kind::kEngineLost : Event::Kind::kActorLost;
+  event.member = member;
+  event.status =
+      WithPeer(Error(StatusCode::kUnavailable, reason::kPeerLost, "start it again, then sync",
+                     "the memory of {} is gone: {}", info.label, cause),
+               info.label);
+  Post(*info.room, event);
+}
+
+void Coordinator::WorkerEvent(Event event) {
+  const std::lock_guard lock(mu_);
+  for (auto& [name, room] : rooms_) Post(*room, event);
+}
+
+void Coordinator::Drain(milliseconds limit) {
+  std::unique_lock lock(mu_);
+  draining_ = true;
+  jobs_changed_.wait_for(lock, limit, [this] {
+    return std::all_of(rooms_.begin(), rooms_.end(),
+                       [](const auto& item) { return item.second->jobs.empty(); });
+  });
+}
+
+bool Coordinator::HasWorker() {
+  const std::lock_guard lock(mu_);
+  return worker_ != nullptr;
+}
+
+void Coordinator::Observe(const ModelRoom& room, const Replica& replica) {
+  observer_.OnReplica(room.model.name(), replica.engine, replica.dp_rank, replica.state,
+                      replica.version);
+}
+
+}  // namespace weightd

@@ -1,0 +1,228 @@
+// The coordinator: every model's registry, its queue of jobs (syncs and catch-ups, one at a time
+// per model) and the routing of events to the job that waits for them. The server feeds it; it
+// talks back through ports.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "daemon/sync/catch_up.h"
+#include "daemon/sync/mailbox.h"
+#include "daemon/sync/plan_cache.h"
+#include "daemon/sync/sync_session.h"
+
+namespace weightd {
+
+/// What a trainer rank says first.
+struct ActorIdentity {
+  std::string model;
+  std::string group;
+  uint64_t group_order = 0;
+  int rank = 0;
+  int world_size = 0;
+  std::string process;
+};
+
+/// What an engine rank says first.
+struct EngineIdentity {
+  std::string model;
+  std::string engine;
+  EngineCoordinates coordinates;
+  int num_ranks = 1;
+  std::string process;
+  uint64_t held_version = 0;
+  bool dirty = false;
+};
+
+struct ModelRoom;
+
+/// One trainer rank's place in the registry; owned by its stream. Fields are the coordinator's.
+struct ActorSession {
+  ActorIdentity identity;
+  std::shared_ptr<ActorPort> port;
+  ModelRoom* room = nullptr;
+  std::shared_ptr<ActorGroup> group;
+  MemberId member = MemberId::kNone;
+};
+
+/// One engine rank's place in the registry; owned by its stream. Fields are the coordinator's.
+struct EngineSession {
+  EngineIdentity identity;
+  std::shared_ptr<EnginePort> port;
+  ModelRoom* room = nullptr;
+  std::shared_ptr<Replica> replica;
+  MemberId member = MemberId::kNone;
+};
+
+/// What weightctl shows of a running sync.
+struct SyncView {
+  bool running = false;
+  uint64_t version = 0;
+  SyncProgress progress;
+  uint64_t elapsed_us = 0;
+  double bytes_per_second = 0;
+  std::vector<std::pair<Phase, uint64_t>> phases;
+  std::string waiting_for;
+};
+
+/// What weightctl shows of one model.
+struct ModelView {
+  std::string name;
+  uint64_t highest_version = 0;
+  std::optional<GroupView> group;
+  std::vector<Replica> replicas;
+  SyncView sync;
+  std::vector<SyncReport> history;  ///< latest first
+};
+
+/// The plan that weightctl shows.
+struct PlanView {
+  GroupView group;
+  std::vector<ReplicaView> replicas;
+  std::vector<std::shared_ptr<const ReplicaPlan>> plans;
+  double bytes_per_second = 0;  ///< of the last sync; 0 if there was none
+};
+
+/// Thread safety: every method from any thread; none blocks except Drain and the destructor.
+class Coordinator {
+ public:
+  struct Config {
+    SyncOptions sync;
+    uint64_t epoch = 0;
+    uint64_t max_tensors = 1'000'000;
+  };
+  Coordinator(Config config, std::shared_ptr<const LoaderRegistry> loaders, VersionStore& store,
+              SyncObserver& observer);
+  /// Ends running jobs (their attempts fail with CANCELLED) and joins the threads.
+  ~Coordinator();
+
+  // ---- trainer ranks
+  /// \error DUPLICATE_RANK, WORLD_SIZE, FENCED (see Model::JoinGroup), UNAVAILABLE DRAINING
+  StatusOr<std::shared_ptr<ActorSession>> JoinActor(const ActorIdentity& identity,
+                                                    std::shared_ptr<ActorPort> port);
+  /// Must the rank send its table? False if the group has one with this digest.
+  bool WantsTable(const ActorSession& session, const std::string& digest);
+  /// \error INVALID_ARGUMENT DUPLICATE_TENSOR, TABLE_MISMATCH naming the first difference,
+  /// RESOURCE_EXHAUSTED
+  StatusOr<WorkerEndpoint> RegisterActor(ActorSession& session, const std::string& digest,
+                                         std::optional<TensorTable> table, RankShards shards);
+  void RequestSync(ActorSession& session, SyncRequest request);
+  void CancelSync(ActorSession& session);
+  void LeaveActor(ActorSession& session, const Status& cause);
+
+  // ---- engine ranks
+  StatusOr<std::shared_ptr<EngineSession>> JoinEngine(const EngineIdentity& identity,
+                                                      std::shared_ptr<EnginePort> port);
+  /// \error UNKNOWN_ARCHITECTURE, UNKNOWN_PROFILE, CONFIG, DUPLICATE_TENSOR
+  StatusOr<WorkerEndpoint> RegisterEngine(EngineSession& session, const EngineModel& model,
+                                          std::vector<ParamInfo> params);
+  void Quiesced(EngineSession& session, AttemptId attempt, const Status& status);
+  void Committed(EngineSession& session, AttemptId attempt, const Status& status,
+                 std::vector<std::string> caches_reset);
+  /// OK as cause means an orderly leave.
+  void LeaveEngine(EngineSession& session, const Status& cause);
+
+  // ---- the worker
+  void WorkerUp(std::shared_ptr<WorkerPort> worker);
+  void WorkerDown(const WorkerPort* worker, const Status& cause);
+  void MemberAttached(MemberId member, const Status& status);
+  void MemberLost(MemberId member, const std::string& cause);
+  /// PlanLoaded, Progress and StepDone go to the job that waits for them.
+  void WorkerEvent(Event event);
+
+  // ---- views
+  std::vector<ModelView> Views(const std::string& model_or_empty);
+  /// Plans what is not planned yet. May take as long as a compilation.
+  /// \error NOT_FOUND NO_PLAN, or what the loader or the planner refuses
+  StatusOr<PlanView> Plan(const std::string& model);
+  /// Is this replica (or are all of this engine's) SERVING? nullopt: unknown engine.
+  std::optional<bool> EngineReady(const std::string& engine);
+  bool HasWorker();
+  uint64_t epoch() const { return config_.epoch; }
+
+  /// Refuses new sessions and syncs, waits until running jobs have ended or `limit` has passed.
+  void Drain(milliseconds limit);
+
+ private:
+  friend class RoomHost;
+  struct MemberInfo {
+    std::string token;
+    std::string label;
+    bool writable = false;
+    bool attached = false;
+    ModelRoom* room = nullptr;
+    std::weak_ptr<ActorPort> actor;
+    std::weak_ptr<EnginePort> engine;
+  };
+  struct Job {
+    std::shared_ptr<Mailbox> mailbox;
+    std::shared_ptr<class RoomHost> host;
+    std::shared_ptr<SyncSession> sync;  // or
+    std::shared_ptr<Replica> catch_up;
+    uint64_t version = 0;
+  };
+  friend struct ModelRoom;
+
+  ModelRoom& RoomFor(const std::string& model);
+  WorkerEndpoint AddMember(ModelRoom& room, const std::string& label, bool writable);
+  void RemoveMember(MemberId member);
+  void Post(ModelRoom& room, const Event& event);
+  void Enqueue(ModelRoom& room, Job job);
+  void RunJobs(ModelRoom& room);
+  void RunCatchUp(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock);
+  std::optional<CatchUpSource> FindCatchUp(const ModelRoom& room, const ReplicaView& view) const;
+  void MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& replica);
+  void FinishSync(ModelRoom& room, const SyncReport& report);
+  GroupView ViewOf(const ActorGroup& group) const;
+  ReplicaView ViewOf(const std::shared_ptr<Replica>& replica) const;
+  std::vector<ReplicaView> ViewsOf(const ModelRoom& room) const;
+  void Observe(const ModelRoom& room, const Replica& replica);
+  Status CheckTable(const ActorGroup& group, const std::string& digest,
+                    const std::optional<TensorTable>& table, const std::string& label) const;
+
+  const Config config_;
+  const std::shared_ptr<const LoaderRegistry> loaders_;
+  VersionStore& store_;
+  SyncObserver& observer_;
+
+  std::mutex mu_;
+  std::condition_variable jobs_changed_;
+  std::map<std::string, std::unique_ptr<ModelRoom>> rooms_;
+  std::map<MemberId, MemberInfo> members_;
+  std::map<MemberId, std::shared_ptr<EnginePort>> engine_ports_;
+  std::shared_ptr<WorkerPort> worker_;
+  uint64_t next_member_ = 1;
+  uint64_t next_attempt_ = 1;
+  bool draining_ = false;
+  bool stopping_ = false;
+};
+
+/// One model's registry, plans and jobs. All fields are guarded by the coordinator's mutex.
+struct ModelRoom {
+  ModelRoom(std::string name, uint64_t highest, std::shared_ptr<const LoaderRegistry> loaders,
+            WindowLimits limits, std::function<void(double)> on_compiled)
+      : model(std::move(name), highest),
+        plans(std::move(loaders), limits, std::move(on_compiled)) {}
+
+  Model model;
+  PlanCache plans;
+  std::deque<Coordinator::Job> jobs;  // front: running if `running`
+  bool running = false;
+  SyncView live;
+  Clock::time_point sync_start;
+  Clock::time_point phase_start;
+  std::deque<SyncReport> history;  // latest first
+  double last_bytes_per_second = 0;
+  uint64_t retained_version = 0;  // of the host copy that the worker keeps; 0 = none
+  std::string retained_layout;
+  std::jthread thread;  // last: joined before the rest goes
+};
+
+}  // namespace weightd

@@ -1,0 +1,115 @@
+// Who takes part in one sync, as frozen at its admission, and the hooks by which a session reads
+// and changes the coordinator's state.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "daemon/layout/loader.h"
+#include "daemon/plan/plan_compiler.h"
+#include "daemon/registry/model.h"
+#include "daemon/sync/ports.h"
+
+namespace weightd {
+
+/// One rank's call of sync().
+struct SyncRequest {
+  uint64_t version = 0;
+  uint64_t request = 0;           ///< the client's own number, echoed
+  uint32_t require_replicas = 0;  ///< 0: all
+  bool check_replicas = false;
+  Status refused;  ///< this rank found its own memory moved or freed
+  MemberId member = MemberId::kNone;
+  int rank = 0;
+  std::shared_ptr<ActorPort> port;
+};
+
+/// The trainer group of a sync.
+struct GroupView {
+  std::string id;
+  uint64_t generation = 0;
+  int world_size = 0;
+  std::shared_ptr<const TensorTable> table;
+  std::vector<std::shared_ptr<const ActorRank>> ranks;  ///< nullptr where none is registered
+  std::vector<bool> lost;
+  bool superseded = false;
+  bool complete() const;
+};
+
+/// One rank of a replica.
+struct TargetView {
+  std::shared_ptr<const EngineRank> rank;
+  std::shared_ptr<EnginePort> port;
+};
+
+/// One replica of a sync. `handle` is the coordinator's own object, only passed back to it.
+struct ReplicaView {
+  std::shared_ptr<Replica> handle;
+  std::string engine;
+  int dp_rank = 0;
+  uint64_t generation = 0;
+  EngineModel model;
+  ReplicaState state = ReplicaState::kGone;
+  uint64_t version = 0;
+  std::vector<TargetView> targets;  ///< in (pp, tp) order
+  std::string label() const { return fmt::format("engine {} dp {}", engine, dp_rank); }
+};
+
+/// The loader of one replica, evaluated for every rank.
+struct ResolvedReplica {
+  std::string loader;      ///< origin of the rule file
+  std::string layout_key;  ///< equal for replicas with equal layouts, whose digests are comparable
+  std::vector<std::shared_ptr<const RankLayout>> layouts;  ///< in (pp, tp) order
+  std::vector<uint32_t> skipped;                           ///< source tensors that a rule skips
+};
+
+/// What it takes to sync one group into one replica; cached, replayed at every sync.
+struct ReplicaPlan {
+  std::shared_ptr<const ResolvedReplica> resolved;
+  std::shared_ptr<const CompiledPlan> compiled;
+  std::shared_ptr<const WorkerPlan> worker;
+};
+
+/// How a session reads and changes the coordinator's state. Each call takes the coordinator's lock;
+/// none waits.
+class SessionHost {
+ public:
+  virtual ~SessionHost() = default;
+  virtual GroupView ViewGroup() = 0;
+  /// Replicas that are complete, in the order of registration.
+  virtual std::vector<ReplicaView> ViewReplicas() = 0;
+  virtual AttemptId NextAttempt() = 0;
+  virtual std::shared_ptr<WorkerPort> Worker() = 0;
+  virtual Status AdmitVersion(uint64_t version) = 0;
+  virtual Status CheckRetry(uint64_t version, const std::string& layout, uint64_t digest) = 0;
+  /// Applies the state table to the replica unless it has changed since the view (then GONE wins
+  /// and nothing happens).
+  virtual void ApplyReplica(const ReplicaView& view, ReplicaEvent event, const Status& error) = 0;
+  /// The replica serves `version` now: ledger, replica version, state.
+  virtual void CommitReplica(const ReplicaView& view, uint64_t version, const std::string& layout,
+                             uint64_t digest) = 0;
+  /// The replica has caught up with `version`, which the ledger knows already.
+  virtual void CommitCatchUp(const ReplicaView& view, uint64_t version) = 0;
+  virtual ReplicaState StateOf(const ReplicaView& view) = 0;
+  /// From the cache, or evaluated now. \error everything a loader refuses
+  virtual Status ResolveLayouts(const GroupView& group, const ReplicaView& replica) = 0;
+  /// From the cache, or compiled now. \pre ResolveLayouts(group, replica).ok() \error everything
+  /// the planner refuses
+  virtual StatusOr<std::shared_ptr<const ReplicaPlan>> PlanFor(const GroupView& group,
+                                                               const ReplicaView& replica) = 0;
+  /// True once the worker has mapped the member's memory.
+  virtual bool Attached(MemberId member) = 0;
+  /// True if the current worker has confirmed this plan already; otherwise the session must send
+  /// it.
+  virtual bool PlanLoaded(uint64_t handle) = 0;
+  virtual void MarkPlanLoaded(uint64_t handle) = 0;
+  /// Makes `version` durable as possibly consumed; logs if that fails. May block on the disk;
+  /// called beside the transfer, by another thread.
+  virtual void ReserveVersion(uint64_t version) = 0;
+  /// What weightctl shows.
+  virtual void ShowProgress(const SyncProgress& progress, const std::string& waiting_for) = 0;
+  virtual const SyncOptions& options() const = 0;
+};
+
+}  // namespace weightd

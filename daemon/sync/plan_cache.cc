@@ -1,0 +1,145 @@
+#include "daemon/sync/plan_cache.h"
+
+#include <algorithm>
+
+namespace weightd {
+namespace {
+
+std::string Hex(std::span<const uint8_t> bytes) {
+  return fmt::format("{:02x}", fmt::join(bytes, ""));
+}
+
+}  // namespace
+
+std::string LayoutKey(const ReplicaView& replica) {
+  std::string key = fmt::format("{} {}", replica.model.architecture, replica.model.profile);
+  for (const TargetView& target : replica.targets) {
+    TensorTable params;
+    for (const ParamInfo& param : target.rank->params) {
+      params.push_back({param.name, param.shape, param.dtype});
+    }
+    const EngineCoordinates& at = target.rank->coordinates;
+    key += fmt::format("|{}/{} {}/{} {}/{} {}", at.tp_rank, at.tp_size, at.pp_rank, at.pp_size,
+                       at.ep_rank, at.ep_size, Hex(TableDigest(params)));
+  }
+  return key;
+}
+
+uint64_t PlanCache::NextHandle() {
+  static std::atomic<uint64_t> next{1};
+  return next.fetch_add(1);
+}
+
+std::string PlanCache::Key(const GroupView& group, const ReplicaView& replica) {
+  return fmt::format("{}#{} {}/{}#{}", group.id, group.generation, replica.engine, replica.dp_rank,
+                     replica.generation);
+}
+
+StatusOr<std::shared_ptr<const ResolvedReplica>> PlanCache::Resolve(const GroupView& group,
+                                                                    const ReplicaView& replica) {
+  const std::lock_guard lock(mu_);
+  Entry& entry = entries_[Key(group, replica)];
+  if (entry.resolved != nullptr) return entry.resolved;
+  const auto start = Clock::now();
+  WEIGHTD_ASSIGN_OR_RETURN(const std::shared_ptr<const Loader> loader,
+                           loaders_->Find(replica.model.architecture, replica.model.profile));
+  const std::vector<ParamInfo>& reported = replica.targets.front().rank->params;
+  WEIGHTD_ASSIGN_OR_RETURN(
+      const std::shared_ptr<const BoundLoader> bound,
+      loader->Bind(*group.table, replica.model.config_json, replica.model.architecture,
+                   replica.model.profile, reported));
+  auto resolved = std::make_shared<ResolvedReplica>();
+  resolved->loader = loader->origin();
+  resolved->layout_key = LayoutKey(replica);
+  resolved->skipped = bound->skipped();
+  for (const TargetView& target : replica.targets) {
+    StatusOr<RankLayout> layout = bound->Lower(target.rank->coordinates, target.rank->params);
+    if (!layout.ok()) return WithRank(layout.status(), target.rank->label);
+    resolved->layouts.push_back(std::make_shared<const RankLayout>(*std::move(layout)));
+  }
+  on_compiled_(static_cast<double>(MicrosSince(start)) * 1e-6);
+  entry.resolved = std::move(resolved);
+  return entry.resolved;
+}
+
+StatusOr<std::shared_ptr<const ReplicaPlan>> PlanCache::Plan(const GroupView& group,
+                                                             const ReplicaView& replica) {
+  const std::lock_guard lock(mu_);
+  Entry& entry = entries_[Key(group, replica)];
+  WEIGHTD_CHECK(entry.resolved != nullptr);
+  if (entry.plan == nullptr) {
+    WEIGHTD_ASSIGN_OR_RETURN(entry.plan, Compile(group, replica, entry.resolved));
+  }
+  return entry.plan;
+}
+
+StatusOr<std::shared_ptr<const ReplicaPlan>> PlanCache::Compile(
+    const GroupView& group, const ReplicaView& replica,
+    std::shared_ptr<const ResolvedReplica> resolved) {
+  const auto start = Clock::now();
+  std::vector<RankShards> shards;
+  auto worker = std::make_shared<WorkerPlan>();
+  worker->handle = NextHandle();
+  worker->table = group.table;
+  for (const auto& rank : group.ranks) {
+    shards.push_back(rank->shards);
+    worker->shards.emplace_back(rank, &rank->shards);
+    worker->sources.push_back(rank->member);
+  }
+  std::vector<const RankLayout*> layouts;
+  for (size_t i = 0; i < replica.targets.size(); ++i) {
+    layouts.push_back(resolved->layouts[i].get());
+    worker->layouts.push_back(resolved->layouts[i]);
+    worker->targets.push_back(replica.targets[i].rank->member);
+    worker->labels.push_back(replica.targets[i].rank->label);
+  }
+  worker->limits = limits_;
+  WEIGHTD_ASSIGN_OR_RETURN(CompiledPlan compiled,
+                           CompilePlan(*group.table, shards, layouts, resolved->skipped, limits_));
+  worker->digest = compiled.digest;
+  on_compiled_(static_cast<double>(MicrosSince(start)) * 1e-6);
+  auto plan = std::make_shared<ReplicaPlan>();
+  plan->resolved = std::move(resolved);
+  plan->compiled = std::make_shared<const CompiledPlan>(std::move(compiled));
+  plan->worker = std::move(worker);
+  return plan;
+}
+
+std::shared_ptr<const ReplicaPlan> PlanCache::Find(const GroupView& group,
+                                                   const ReplicaView& replica) const {
+  const std::lock_guard lock(mu_);
+  const auto it = entries_.find(Key(group, replica));
+  return it == entries_.end() ? nullptr : it->second.plan;
+}
+
+bool PlanCache::Loaded(uint64_t handle) const {
+  const std::lock_guard lock(mu_);
+  return loaded_.contains(handle);
+}
+
+void PlanCache::MarkLoaded(uint64_t handle) {
+  const std::lock_guard lock(mu_);
+  loaded_.insert(handle);
+}
+
+void PlanCache::ForgetLoaded() {
+  const std::lock_guard lock(mu_);
+  loaded_.clear();
+}
+
+std::vector<uint64_t> PlanCache::Trim(const GroupView& group,
+                                      const std::vector<ReplicaView>& alive) {
+  std::set<std::string> keep;
+  for (const ReplicaView& replica : alive) keep.insert(Key(group, replica));
+  std::vector<uint64_t> dropped;
+  const std::lock_guard lock(mu_);
+  std::erase_if(entries_, [&](const auto& item) {
+    if (keep.contains(item.first)) return false;
+    if (item.second.plan != nullptr) dropped.push_back(item.second.plan->worker->handle);
+    return true;
+  });
+  for (uint64_t handle : dropped) loaded_.erase(handle);
+  return dropped;
+}
+
+}  // namespace weightd

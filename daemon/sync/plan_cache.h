@@ -1,0 +1,73 @@
+// Plans by (trainer group, engine replica): evaluated and compiled once, replayed at every sync.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+
+#include "daemon/sync/participants.h"
+
+namespace weightd {
+
+/// Equal for replicas whose ranks hold equal parameters at equal coordinates.
+std::string LayoutKey(const ReplicaView& replica);
+
+/// Thread safety: every method from any thread; compiling blocks other callers of the same cache.
+class PlanCache {
+ public:
+  /// `on_compiled` is told how many seconds a compilation took.
+  PlanCache(std::shared_ptr<const LoaderRegistry> loaders, WindowLimits limits,
+            std::function<void(double)> on_compiled)
+      : loaders_(std::move(loaders)), limits_(limits), on_compiled_(std::move(on_compiled)) {}
+
+  /// Finds and evaluates the loader for every rank of `replica`.
+  /// \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE, INVALID_ARGUMENT from the loader or
+  /// the coverage proof
+  StatusOr<std::shared_ptr<const ResolvedReplica>> Resolve(const GroupView& group,
+                                                           const ReplicaView& replica);
+
+  /// \pre Resolve(group, replica).ok()
+  /// \error INVALID_ARGUMENT from the planner
+  StatusOr<std::shared_ptr<const ReplicaPlan>> Plan(const GroupView& group,
+                                                    const ReplicaView& replica);
+
+  /// Only what is cached: nullptr if this pair has not been planned.
+  std::shared_ptr<const ReplicaPlan> Find(const GroupView& group, const ReplicaView& replica) const;
+
+  /// Whether the current worker holds the plan.
+  bool Loaded(uint64_t handle) const;
+  void MarkLoaded(uint64_t handle);
+  /// A new worker holds nothing.
+  void ForgetLoaded();
+
+  /// Drops entries of other generations of this group and of replicas that `alive` does not know.
+  /// Returns the handles of the plans dropped, for the worker.
+  std::vector<uint64_t> Trim(const GroupView& group, const std::vector<ReplicaView>& alive);
+
+  /// Handles are unique in this process.
+  static uint64_t NextHandle();
+
+ private:
+  struct Entry {
+    std::shared_ptr<const ResolvedReplica> resolved;
+    std::shared_ptr<const ReplicaPlan> plan;
+  };
+  static std::string Key(const GroupView& group, const ReplicaView& replica);
+  StatusOr<std::shared_ptr<const ReplicaPlan>> Compile(
+      const GroupView& group, const ReplicaView& replica,
+      std::shared_ptr<const ResolvedReplica> resolved);
+
+  const std::shared_ptr<const LoaderRegistry> loaders_;
+  const WindowLimits limits_;
+  const std::function<void(double)> on_compiled_;
+
+  mutable std::mutex mu_;
+  std::map<std::string, Entry> entries_;
+  std::set<uint64_t> loaded_;
+};
+
+}  // namespace weightd

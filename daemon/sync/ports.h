@@ -1,0 +1,166 @@
+// What the sync core needs from the outside: the actors, engines and workers it talks to, and what
+// it is told by them. The server implements the ports; tests implement them in memory.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "daemon/base/clock.h"
+#include "daemon/base/ids.h"
+#include "daemon/base/status.h"
+#include "daemon/layout/tensor_layout.h"
+#include "daemon/plan/transfer_plan.h"
+#include "daemon/registry/replica_state.h"
+#include "daemon/sync/phase.h"
+
+namespace weightd {
+
+/// How a client reaches its worker; see weightd.v1.WorkerEndpoint.
+struct WorkerEndpoint {
+  std::string socket_path;
+  std::string token;
+  MemberId member = MemberId::kNone;
+  std::string device;
+};
+
+/// What a sync did to one replica.
+struct ReplicaOutcome {
+  std::string engine;
+  int dp_rank = 0;
+  bool committed = false;
+  uint64_t version = 0;
+  ReplicaState state = ReplicaState::kGone;
+  Status error;
+  std::string verified;  ///< "memory" or "loadable"; empty when not verified
+  std::vector<std::string> caches_reset;
+};
+
+/// The end of a sync.
+struct SyncReport {
+  uint64_t version = 0;
+  AttemptId attempt;
+  Status error;
+  std::vector<ReplicaOutcome> replicas;
+  std::vector<std::pair<Phase, uint64_t>> phases;  ///< microseconds, in order
+  uint64_t bytes = 0;                              ///< landed, all replicas
+};
+
+struct SyncProgress {
+  Phase phase = Phase::kNone;
+  AttemptId attempt;
+  uint64_t bytes_done = 0;
+  uint64_t bytes_total = 0;
+};
+
+/// A trainer rank's session. All calls return at once; any thread.
+class ActorPort {
+ public:
+  virtual ~ActorPort() = default;
+  virtual void SendProgress(uint64_t request, const SyncProgress& progress) = 0;
+  virtual void SendReport(uint64_t request, const SyncReport& report) = 0;
+  virtual void SendWorkerChanged(const WorkerEndpoint& endpoint) = 0;
+};
+
+/// An engine rank's session. All calls return at once; any thread.
+class EnginePort {
+ public:
+  virtual ~EnginePort() = default;
+  virtual void SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) = 0;
+  virtual void SendCommit(AttemptId attempt, uint64_t version) = 0;
+  virtual void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) = 0;
+  virtual void SendWorkerChanged(const WorkerEndpoint& endpoint) = 0;
+};
+
+/// A plan as a worker needs it: everything but addresses.
+struct WorkerPlan {
+  uint64_t handle = 0;
+  std::shared_ptr<const TensorTable> table;
+  std::vector<std::shared_ptr<const RankShards>> shards;   ///< per actor rank
+  std::vector<MemberId> sources;                           ///< per actor rank
+  std::vector<std::shared_ptr<const RankLayout>> layouts;  ///< per engine rank
+  std::vector<MemberId> targets;                           ///< per engine rank
+  std::vector<std::string> labels;                         ///< per engine rank
+  WindowLimits limits;
+  Digest128 digest{};
+};
+
+/// Values equal weightd.v1.Step.
+enum class Step {
+  kTransfer = 1,
+  kVerify = 2,
+  kCheckReplicas = 3,
+  kCopyPeer = 4,
+  kRetain = 5,
+  kRestore = 6,
+};
+
+struct StepCommand {
+  AttemptId attempt;
+  Step step = Step::kTransfer;
+  uint64_t plan = 0;
+  std::vector<uint32_t> targets;
+  std::vector<MemberId> peers;
+  uint64_t version = 0;
+  milliseconds deadline{0};
+};
+
+/// A worker process. All calls return at once; any thread.
+class WorkerPort {
+ public:
+  virtual ~WorkerPort() = default;
+  virtual std::string device() const = 0;
+  virtual std::string socket_path() const = 0;
+  virtual void SendExpect(MemberId member, const std::string& token, bool writable,
+                          const std::string& label) = 0;
+  virtual void SendForget(MemberId member) = 0;
+  virtual void SendPlan(const WorkerPlan& plan) = 0;
+  virtual void SendDropPlan(uint64_t handle) = 0;
+  virtual void SendStep(const StepCommand& command) = 0;
+  virtual void SendCancel(AttemptId attempt) = 0;
+  virtual void SendDropRetained(uint64_t version) = 0;
+  /// Kills the process: the fence of last resort. Its loss is then reported as any other.
+  virtual void Kill(const std::string& why) = 0;
+};
+
+/// Digest words of one engine rank; see weightd.v1.TargetDigests.
+struct TargetDigests {
+  uint32_t target = 0;
+  std::vector<uint32_t> tensors;
+  std::vector<uint64_t> words;
+};
+
+/// What metrics want to know. Called from sync threads; must not block.
+class SyncObserver {
+ public:
+  virtual ~SyncObserver() = default;
+  virtual void OnSyncEnd(const std::string& model, const SyncReport& report) = 0;
+  virtual void OnReplica(const std::string& model, const std::string& engine, int dp_rank,
+                         ReplicaState state, uint64_t version) = 0;
+  virtual void OnPlanCompiled(double seconds) = 0;
+};
+
+/// Keeps what must survive the daemon: epoch and highest version per model.
+class VersionStore {
+ public:
+  virtual ~VersionStore() = default;
+  virtual uint64_t Highest(const std::string& model) const = 0;
+  /// Durable when it returns OK. \error INTERNAL with the path
+  virtual Status Save(const std::string& model, uint64_t highest) = 0;
+};
+
+/// The limits and deadlines of a sync.
+struct SyncOptions {
+  milliseconds admit{15000};
+  milliseconds prepare{15000};
+  milliseconds transfer{15000};  ///< without progress
+  milliseconds verify{15000};
+  milliseconds commit{15000};
+  WindowLimits window;
+  bool retain_on_host = false;
+  bool catch_up = true;
+};
+
+}  // namespace weightd

@@ -1,0 +1,133 @@
+// What a sync refuses, and how it compares digests. No waiting here.
+#include <algorithm>
+
+#include "daemon/layout/digest.h"
+#include "daemon/sync/sync_session.h"
+
+namespace weightd {
+
+bool GroupView::complete() const {
+  return !ranks.empty() &&
+         std::all_of(ranks.begin(), ranks.end(), [](const auto& rank) { return rank != nullptr; });
+}
+
+Status SyncSession::CheckRanksPresent() const {
+  if (group_.superseded) {
+    return Error(StatusCode::kAborted, reason::kFenced,
+                 "stop this trainer, or start it again to take over",
+                 "a newer trainer has taken over this model: group={}", group_.id);
+  }
+  for (size_t rank = 0; rank < group_.lost.size(); ++rank) {
+    if (!group_.lost[rank]) continue;
+    const std::string label = fmt::format("actor {}", rank);
+    return WithPeer(Error(StatusCode::kUnavailable, reason::kPeerLost,
+                          "start the trainer again (all ranks), then sync",
+                          "a trainer rank is gone: {}", label),
+                    label);
+  }
+  return absl::OkStatus();
+}
+
+Status SyncSession::CheckRequests() {
+  const std::lock_guard lock(requests_mu_);
+  const SyncRequest& first = requests_.front();
+  for (const SyncRequest& request : requests_) {
+    const std::string label = fmt::format("actor {}", request.rank);
+    if (!request.refused.ok()) return WithRank(request.refused, label);
+    if (request.version != first.version || request.require_replicas != first.require_replicas ||
+        request.check_replicas != first.check_replicas) {
+      return WithRank(
+          Error(StatusCode::kInvalidArgument, reason::kPlanMismatch,
+                "call sync() on every rank with the same arguments",
+                "ranks ask for different syncs: actor {} version {} require {} check_replicas {}, "
+                "{} version {} require {} check_replicas {}",
+                first.rank, first.version, first.require_replicas, first.check_replicas, label,
+                request.version, request.require_replicas, request.check_replicas),
+          label);
+    }
+  }
+  require_ = first.require_replicas;
+  check_replicas_ = first.check_replicas;
+  return absl::OkStatus();
+}
+
+Status SyncSession::CheckRequired() const {
+  size_t viable = 0;
+  const ReplicaRun* failed = nullptr;
+  for (const ReplicaRun& run : replicas_) {
+    if (run.viable()) {
+      ++viable;
+    } else if (failed == nullptr) {
+      failed = &run;
+    }
+  }
+  if (require_ > replicas_.size()) {
+    return Error(StatusCode::kFailedPrecondition, reason::kNoEngine,
+                 "start more engines, or require fewer",
+                 "fewer engines are registered than required: registered={} required={}",
+                 replicas_.size(), require_);
+  }
+  // A replica that died on the way never stops the others; one that cannot be planned stops a sync
+  // that requires all.
+  const bool planning = phase_ <= Phase::kBuildPlan;
+  const size_t needed = require_ > 0 ? require_ : planning ? replicas_.size() : 1;
+  if (viable >= needed || failed == nullptr) return absl::OkStatus();
+  return failed->error;
+}
+
+Status SyncSession::CompareDigests(ReplicaRun& run) {
+  for (uint32_t i = 0; i < run.view.targets.size(); ++i) {
+    const TargetDigests& source = run.source_digests[i];
+    const TargetDigests& target = run.target_digests[i];
+    const std::string& label = run.view.targets[i].rank->label;
+    if (source.tensors == target.tensors && source.words == target.words &&
+        source.words.size() == source.tensors.size() + 1) {
+      continue;
+    }
+    std::string tensor = "zero padding";
+    for (size_t k = 0; k < source.tensors.size() && k < target.tensors.size(); ++k) {
+      if (source.tensors[k] == target.tensors[k] && source.words[k] == target.words[k]) continue;
+      tensor = (*group_.table)[source.tensors[k]].name;
+      break;
+    }
+    return MakeError(StatusCode::kDataLoss,
+                     fmt::format("bytes in engine memory differ from the trainer's: tensor={} {}",
+                                 tensor, label),
+                     {.reason = reason::kVerifyMismatch,
+                      .tensor = tensor,
+                      .rank = label,
+                      .remedy = "sync again; if it repeats, something else writes this memory "
+                                "(is the engine paused?)"});
+  }
+  return host_.CheckRetry(version_, run.plan->resolved->layout_key, CombinedDigest(run));
+}
+
+uint64_t SyncSession::CombinedDigest(const ReplicaRun& run) {
+  uint64_t digest = 0;
+  for (const auto& [index, target] : run.source_digests) {
+    for (uint64_t word : target.words) digest = Mix64(digest ^ word) + index;
+  }
+  return digest;
+}
+
+std::string SyncSession::WaitingFor() const {
+  if (phase_ == Phase::kAdmit) {
+    std::vector<std::string> missing;
+    std::set<int> arrived;
+    const std::lock_guard lock(requests_mu_);
+    for (const SyncRequest& request : requests_) arrived.insert(request.rank);
+    for (int rank = 0; rank < group_.world_size; ++rank) {
+      if (!arrived.contains(rank)) missing.push_back(fmt::format("actor {}", rank));
+    }
+    return fmt::format("{}", fmt::join(missing, ", "));
+  }
+  for (const ReplicaRun& run : replicas_) {
+    for (const TargetView& target : run.view.targets) {
+      if (run.waiting.contains(target.rank->member)) return target.rank->label;
+    }
+    if (run.running) return "worker";
+  }
+  return "";
+}
+
+}  // namespace weightd
