@@ -106,6 +106,14 @@ void Mapping::Unmap() {
   data_ = nullptr;
 }
 
+Status Mapping::Truncated(uint64_t now_bytes) const {
+  return Error(StatusCode::kUnavailable, reason::kMemoryMoved,
+               "register the tensors again; lent memory must keep its size until it is taken back",
+               "lent memory was truncated or ran out of /dev/shm: {}, mapped_bytes={}, "
+               "size_bytes={}",
+               label_, size_bytes_, now_bytes);
+}
+
 Status Mapping::CheckIntact() const {
   if (data_ == nullptr) return absl::OkStatus();
   uint64_t now_bytes = size_bytes_;
@@ -114,11 +122,11 @@ Status Mapping::CheckIntact() const {
     now_bytes = fstat(fd_.get(), &info) == 0 ? static_cast<uint64_t>(info.st_size) : 0;
   }
   if (now_bytes >= size_bytes_ && !sigbus_guard::Lost(guard_)) return absl::OkStatus();
-  return Error(StatusCode::kUnavailable, reason::kMemoryMoved,
-               "register the tensors again; lent memory must keep its size until it is taken back",
-               "lent memory was truncated or ran out of /dev/shm: {}, mapped_bytes={}, "
-               "size_bytes={}",
-               label_, size_bytes_, now_bytes);
+  return Truncated(now_bytes);
+}
+
+Status Mapping::CheckTouched() const {
+  return sigbus_guard::Lost(guard_) ? CheckIntact() : absl::OkStatus();
 }
 
 Status CheckBlockInside(uint64_t segment_bytes, uint64_t offset_bytes, const Dims& extent,

@@ -46,11 +46,14 @@ class Mapping {
 
   /// OK if every byte is still backed by the lender's object. Before a step: nothing was truncated
   /// until now. After a step: what the step read was the lender's, what it wrote has landed.
-  /// \error UNAVAILABLE MEMORY_MOVED naming the lender
+  /// Costs two system calls. \error UNAVAILABLE MEMORY_MOVED naming the lender
   Status CheckIntact() const;
+  /// The part of CheckIntact that costs nothing: finds a truncation only once it was touched.
+  Status CheckTouched() const;
 
  private:
   void Unmap();
+  Status Truncated(uint64_t now_bytes) const;
 
   std::byte* data_ = nullptr;
   uint64_t size_bytes_ = 0;

@@ -21,8 +21,9 @@ inline constexpr int kNumIsas = 3;
 std::string_view Name(Isa isa);
 
 /// Casts (or copies) `count` elements. With `weights` also returns the sum of word * weight over
-/// the destination's 32-bit words, each XORed with kValueMask; a last partial word counts the bits
-/// it has. `weights` belong to the first element, which starts a word; nullptr: returns 0.
+/// the destination's 32-bit words, masks included (layout/digest.h); a last partial word counts the
+/// bits it has. `weights` points into kWordWeights, to the word that the first element starts;
+/// nullptr: returns 0.
 /// `stream`: write around the caches where alignment allows; the caller issues StoreFence() before
 /// others may read. \pre src and dst do not overlap; no alignment needed
 using RowCast = uint64_t (*)(const std::byte* src, std::byte* dst, size_t count,

@@ -15,10 +15,11 @@ struct Avx2 {
   static Acc Zero() { return _mm256_setzero_si256(); }
 
   static Acc Mac(Acc acc, Reg reg, const uint32_t* weights) {
-    const __m256i x = _mm256_xor_si256(reg, _mm256_set1_epi32(static_cast<int>(kValueMask)));
-    const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
-    const __m256i even = _mm256_mul_epu32(x, w);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), _mm256_srli_epi64(w, 32));
+    const auto load = [](const uint32_t* from) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    };
+    const __m256i even = _mm256_mul_epu32(reg, load(weights));
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(reg, 32), load(weights + 1));
     return _mm256_add_epi64(acc, _mm256_add_epi64(even, odd));
   }
 

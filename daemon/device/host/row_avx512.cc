@@ -16,10 +16,9 @@ struct Avx512 {
   static Acc Zero() { return _mm512_setzero_si512(); }
 
   static Acc Mac(Acc acc, Reg reg, const uint32_t* weights) {
-    const __m512i x = _mm512_xor_si512(reg, _mm512_set1_epi32(static_cast<int>(kValueMask)));
-    const __m512i w = _mm512_loadu_si512(weights);
-    const __m512i even = _mm512_mul_epu32(x, w);
-    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), _mm512_srli_epi64(w, 32));
+    const __m512i even = _mm512_mul_epu32(reg, _mm512_loadu_si512(weights));
+    const __m512i odd =
+        _mm512_mul_epu32(_mm512_srli_epi64(reg, 32), _mm512_loadu_si512(weights + 1));
     return _mm512_add_epi64(acc, _mm512_add_epi64(even, odd));
   }
 
@@ -55,12 +54,21 @@ struct Avx512 {
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
   }
 
-  // The upper half of each lane, rounded to nearest even. A canonical NaN stays one.
-  static __m256i RoundToBFloat16(__m512 x) {
+  // Each lane rounded to nearest even in its upper half; the lower half is left over. A canonical
+  // NaN stays one.
+  static __m512i RoundToBFloat16(__m512 x) {
     const __m512i bits = _mm512_castps_si512(x);
-    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1));
+  }
+
+  // The upper halves of all lanes of two registers.
+  static Reg UpperHalves(__m512i low, __m512i high) {
+    alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                        23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                        45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return _mm512_permutex2var_epi16(low, _mm512_load_si512(kUpper), high);
   }
 
   static Reg Join(__m256i low, __m256i high) {
@@ -80,7 +88,7 @@ struct Avx512 {
         constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         return Join(_mm512_cvtps_ph(low, kNearest), _mm512_cvtps_ph(high, kNearest));
       } else {
-        return Join(RoundToBFloat16(low), RoundToBFloat16(high));
+        return UpperHalves(RoundToBFloat16(low), RoundToBFloat16(high));
       }
     }
   }

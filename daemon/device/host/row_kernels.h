@@ -6,6 +6,7 @@
 //   Acc                    an accumulator of 64-bit sums
 //   Convert<From, To>(p)   kBytes / sizeof(To) elements at p, cast
 //   Zero(), Mac(acc, reg, weights), Sum(acc), Load(p), Store(p, reg), Stream(p, reg)
+// Mac adds word * weight and may read one weight past the last.
 #pragma once
 
 #include <cstddef>
@@ -61,9 +62,14 @@ WEIGHTD_ALWAYS_INLINE typename To::Bits CastOne(const std::byte* from) {
 template <class Bits>
 WEIGHTD_ALWAYS_INLINE uint64_t Term(Bits bits, size_t byte, const uint32_t* weights) {
   const unsigned shift = 8 * static_cast<unsigned>(byte % 4);
-  const uint32_t keep = static_cast<uint32_t>(static_cast<Bits>(~Bits{0})) << shift;
-  const uint32_t word = (static_cast<uint32_t>(bits) << shift) ^ (kValueMask & keep);
-  return uint64_t{word} * weights[byte / 4];
+  const uint32_t mask = kValueMask & (static_cast<uint32_t>(static_cast<Bits>(~Bits{0})) << shift);
+  return (uint64_t{static_cast<uint32_t>(bits) << shift} + mask) * weights[byte / 4];
+}
+
+// What the masks of the words [begin, end) add: the vector loops leave them out.
+WEIGHTD_ALWAYS_INLINE uint64_t MaskTerm(const uint32_t* weights, size_t begin, size_t end) {
+  const uint64_t* sums = kWordWeightSums.data() + (weights - kWordWeights.data());
+  return kValueMask * (sums[end] - sums[begin]);
 }
 
 // Elements [begin, end), one by one.
@@ -97,7 +103,10 @@ WEIGHTD_ALWAYS_INLINE size_t CastVectors(const std::byte* src, std::byte* dst, s
       V::Store(to, reg);
     }
   }
-  if constexpr (kDigest) sum += V::Sum(acc);
+  if constexpr (kDigest) {
+    constexpr size_t kSize = sizeof(typename To::Bits);
+    sum += V::Sum(acc) + MaskTerm(weights, begin * kSize / 4, i * kSize / 4);
+  }
   return i;
 }
 
@@ -135,7 +144,7 @@ uint64_t Digest(const std::byte* data, size_t size_bytes, const uint32_t* weight
     even = V::Mac(even, V::Load(data + i), weights + i / 4);
     odd = V::Mac(odd, V::Load(data + i + V::kBytes), weights + (i + V::kBytes) / 4);
   }
-  uint64_t sum = V::Sum(even) + V::Sum(odd);
+  uint64_t sum = V::Sum(even) + V::Sum(odd) + MaskTerm(weights, 0, i / 4);
   for (; i + 4 <= size_bytes; i += 4) sum += Term(LoadBits<uint32_t>(data + i), i, weights);
   for (; i < size_bytes; ++i) sum += Term(LoadBits<uint8_t>(data + i), i, weights);
   return sum;

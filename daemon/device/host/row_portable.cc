@@ -12,7 +12,7 @@ struct Portable {
 
   static Acc Zero() { return 0; }
   static Acc Mac(Acc acc, Reg reg, const uint32_t* weights) {
-    return acc + uint64_t{reg ^ kValueMask} * *weights;
+    return acc + uint64_t{reg} * *weights;
   }
   static uint64_t Sum(Acc acc) { return acc; }
   static Reg Load(const std::byte* from) { return LoadBits<uint32_t>(from); }

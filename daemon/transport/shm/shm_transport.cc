@@ -51,6 +51,7 @@ class ShmTransport::Step {
   void SetTarget(size_t target);
   Status Check(const std::string& tensor) const;
   Status Fail(Status status, const std::string& tensor) const;
+  Status NoMemory(const std::string& tensor, uint32_t rank) const;
   std::string ParamAt(size_t write) const;
 
   Status AddCopy(const Copy& copy);
@@ -202,17 +203,19 @@ Status ShmTransport::Step::AddCopy(const Copy& copy) {
     const Binding& binding = Source(copy.source_rank, write.tensor, copy.shard);
     if (binding.staged) return absl::OkStatus();  // see AddStagedCopy
     const TensorInfo& tensor = (*plan_.table)[write.tensor];
-    if (binding.base == nullptr) {
-      return Fail(Error(StatusCode::kFailedPrecondition, reason::kMemoryMoved,
-                        "register the trainer's tensors again",
-                        "shard has no memory: tensor={}, rank={}", tensor.name, copy.source_rank),
-                  tensor.name);
-    }
+    if (binding.base == nullptr) return NoMemory(tensor.name, copy.source_rank);
     item.from = BindSource(binding, Held(copy.source_rank, write.tensor, copy.shard), copy.source,
                            tensor.dtype);
   }
   Add(item);
   return absl::OkStatus();
+}
+
+Status ShmTransport::Step::NoMemory(const std::string& tensor, uint32_t rank) const {
+  return Fail(Error(StatusCode::kFailedPrecondition, reason::kMemoryMoved,
+                    "register the trainer's tensors again",
+                    "shard has no memory: tensor={}, rank={}", tensor, rank),
+              tensor);
 }
 
 // Fetches `box` of a staged shard part by part and hands each to `use`, which must be done with it
@@ -331,6 +334,7 @@ StatusOr<uint64_t> ShmTransport::Step::DigestShard(uint32_t rank, uint32_t tenso
           RunItems();
         }));
   } else {
+    if (binding.base == nullptr && !held.empty()) return NoMemory(info.name, rank);
     item.from = BindSource(binding, held, held, info.dtype);
     Add(item);
     RunItems();
