@@ -1,0 +1,150 @@
+#include "daemon/worker/member_memory.h"
+
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace weightd {
+namespace {
+
+constexpr char kUpgrade[] = "use the client library of this release";
+
+auto Key(const MemoryBlock& block) { return std::pair(block.index, block.box); }
+
+}  // namespace
+
+const MemoryBlock* MemberMemory::Find(uint32_t index, uint32_t box) const {
+  const std::pair<uint32_t, uint32_t> key(index, box);
+  const auto it =
+      std::lower_bound(blocks.begin(), blocks.end(), key,
+                       [](const MemoryBlock& block, const auto& k) { return Key(block) < k; });
+  return it != blocks.end() && Key(*it) == key ? &*it : nullptr;
+}
+
+Status MemberMemory::CheckIntact(bool sizes) const {
+  for (const auto& [id, segment] : segments) {
+    const Mapping& mapping = segment->mapping;
+    WEIGHTD_RETURN_IF_ERROR(sizes ? mapping.CheckIntact() : mapping.CheckTouched());
+  }
+  return absl::OkStatus();
+}
+
+Status MemoryRegistration::Offer(const v1::OfferSegments& offer, std::vector<ScopedFd> fds) {
+  if (static_cast<size_t>(offer.segments_size()) != fds.size()) {
+    return Error(StatusCode::kInvalidArgument, reason::kProtocol, kUpgrade,
+                 "offer names {} segments and carries {} descriptors", offer.segments_size(),
+                 fds.size());
+  }
+  for (size_t i = 0; i < fds.size(); ++i) {
+    const v1::Segment& offered = offer.segments(static_cast<int>(i));
+    struct stat info {};
+    const bool known_object = ::fstat(fds[i].get(), &info) == 0;
+    std::shared_ptr<const Segment>& slot = segments_[offered.id()];
+    if (known_object && slot != nullptr && slot->device == info.st_dev &&
+        slot->inode == info.st_ino && slot->mapping.size_bytes() == offered.size_bytes() &&
+        slot->mapping.CheckIntact().ok()) {
+      continue;
+    }
+    auto segment = std::make_shared<Segment>();  // shared by registrations and running steps
+    WEIGHTD_ASSIGN_OR_RETURN(
+        segment->mapping,
+        Mapping::Create(std::move(fds[i]), offered.size_bytes(),
+                        writable_ ? Mapping::Access::kWrite : Mapping::Access::kRead,
+                        fmt::format("{} segment {}", label_, offered.id())));
+    segment->device = info.st_dev;
+    segment->inode = info.st_ino;
+    slot = std::move(segment);
+  }
+  return absl::OkStatus();
+}
+
+StatusOr<MemoryBlock> MemoryRegistration::CheckBinding(const v1::MemoryBinding& binding) {
+  MemoryBlock block;
+  block.index = binding.index();
+  block.box = binding.box();
+  if (binding.dtype() <= 0 || binding.dtype() >= kNumDTypes) {
+    return Error(StatusCode::kInvalidArgument, reason::kDtype, kUpgrade, "unknown dtype: dtype={}",
+                 static_cast<int>(binding.dtype()));
+  }
+  block.dtype = static_cast<DType>(binding.dtype());
+  const std::span<const int64_t> extent(binding.extent().data(),
+                                        static_cast<size_t>(binding.extent_size()));
+  if (!ValidShape(extent) ||
+      (binding.strides_size() != 0 && binding.strides_size() != binding.extent_size())) {
+    return Error(StatusCode::kInvalidArgument, reason::kShape, kUpgrade,
+                 "extent or strides cannot be used: extent=[{}] strides=[{}]",
+                 fmt::join(binding.extent(), ", "), fmt::join(binding.strides(), ", "));
+  }
+  block.extent = Dims(extent);
+  block.binding.staged = binding.staged();
+  if (binding.staged() || NumElements(block.extent) == 0) {
+    block.binding.strides = RowMajorStrides(block.extent);
+    return block;
+  }
+  block.binding.strides =
+      binding.strides_size() == 0
+          ? RowMajorStrides(block.extent)
+          : Dims(std::span<const int64_t>(binding.strides().data(), extent.size()));
+  const auto segment = segments_.find(binding.segment());
+  if (segment == segments_.end() || segment->second == nullptr) {
+    return Error(StatusCode::kInvalidArgument, reason::kMemoryMoved,
+                 "offer every segment before binding memory in it",
+                 "binding names a segment that was not offered: segment={}", binding.segment());
+  }
+  const Mapping& mapping = segment->second->mapping;
+  WEIGHTD_RETURN_IF_ERROR(CheckBlockInside(mapping.size_bytes(), binding.offset_bytes(),
+                                           block.extent, block.binding.strides,
+                                           SizeBytes(block.dtype), writable_));
+  if (binding.offset_bytes() % SizeBytes(block.dtype) != 0) {
+    return Error(StatusCode::kInvalidArgument, reason::kMemoryMoved,
+                 "align the memory to the size of its elements, or have it staged",
+                 "block is not aligned to its dtype: offset_bytes={} dtype={}",
+                 binding.offset_bytes(), Name(block.dtype));
+  }
+  block.binding.base = mapping.data() + binding.offset_bytes();
+  pending_->segments.insert(*segment);
+  return block;
+}
+
+StatusOr<std::shared_ptr<const MemberMemory>> MemoryRegistration::Bind(const v1::BindMemory& page) {
+  if (pending_ == nullptr) pending_ = std::make_shared<MemberMemory>();
+  for (const v1::MemoryBinding& binding : page.bindings()) {
+    StatusOr<MemoryBlock> block = CheckBinding(binding);
+    if (block.ok() && pending_->blocks.size() >= kMaxBindings) {
+      block = Error(StatusCode::kResourceExhausted, reason::kMessageTooLarge,
+                    "register fewer, larger tensors", "too many bindings: limit={}", kMaxBindings);
+    }
+    if (!block.ok()) {
+      pending_ = nullptr;
+      return WithTensor(block.status(),
+                        fmt::format("index {} box {}", binding.index(), binding.box()));
+    }
+    pending_->has_staged |= block->binding.staged;
+    pending_->blocks.push_back(*std::move(block));
+  }
+  if (!page.last()) return std::shared_ptr<const MemberMemory>();
+  return Finish();
+}
+
+StatusOr<std::shared_ptr<const MemberMemory>> MemoryRegistration::Finish() {
+  const std::shared_ptr<MemberMemory> memory = std::exchange(pending_, nullptr);
+  const auto by_key = [](const MemoryBlock& a, const MemoryBlock& b) { return Key(a) < Key(b); };
+  if (!std::is_sorted(memory->blocks.begin(), memory->blocks.end(), by_key)) {
+    std::sort(memory->blocks.begin(), memory->blocks.end(), by_key);
+  }
+  const auto twice =
+      std::adjacent_find(memory->blocks.begin(), memory->blocks.end(),
+                         [](const auto& a, const auto& b) { return Key(a) == Key(b); });
+  if (twice != memory->blocks.end()) {
+    return WithTensor(
+        Error(StatusCode::kInvalidArgument, reason::kDuplicateTensor, "bind each box once",
+              "memory is bound twice: index={} box={}", twice->index, twice->box),
+        fmt::format("index {} box {}", twice->index, twice->box));
+  }
+  segments_ = memory->segments;
+  for (const auto& [id, segment] : segments_) memory->mapped_bytes += segment->mapping.size_bytes();
+  return std::shared_ptr<const MemberMemory>(memory);
+}
+
+}  // namespace weightd

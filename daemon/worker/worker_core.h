@@ -1,0 +1,78 @@
+// A worker without its connection to the daemon: takes commands, gives reports.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "daemon/base/status.h"
+#include "daemon/transport/transport.h"
+#include "daemon/worker/member_table.h"
+#include "daemon/worker/plan_store.h"
+#include "daemon/worker/step_runner.h"
+#include "weightd/v1/worker.pb.h"
+
+namespace weightd {
+
+/// Members are served by one thread, plans and steps run on another in the order of their
+/// commands; cancelling and forgetting overtake them.
+/// Thread safety: Handle by one thread at a time.
+class WorkerCore {
+ public:
+  struct Options {
+    MemberTable::Options members;
+    int num_threads = 0;  ///< of catch-up; 0 = the cores, at most 8
+  };
+
+  /// `report` takes everything that the daemon must hear, from several threads, until the
+  /// destructor returns. \error UNAVAILABLE SOCKET, see DataListener
+  static StatusOr<std::unique_ptr<WorkerCore>> Create(const Options& options,
+                                                      std::unique_ptr<Transport> transport,
+                                                      ReportFn report);
+  /// Cancels what runs and waits for it.
+  ~WorkerCore();
+
+  /// Returns at once; what it leads to is reported. Every RunStep is answered by one StepDone, also
+  /// when it was cancelled before it began.
+  void Handle(v1::WorkerCommand command);
+
+ private:
+  struct Job {
+    v1::WorkerCommand command;
+    std::atomic<bool> cancelled{false};
+  };
+  struct Assembly {
+    PlanAssembler assembler;
+    Status error;  ///< of an earlier page
+  };
+
+  WorkerCore(std::unique_ptr<MemberTable> members, std::unique_ptr<Transport> transport,
+             int num_threads, ReportFn report);
+  void Cancel(const v1::AttemptId& attempt);
+  void RunJobs();
+  void RunJob(Job* job);
+  void AddPlanPage(const v1::PlanPage& page);
+
+  const ReportFn report_;
+  const std::unique_ptr<MemberTable> members_;
+  const std::unique_ptr<Transport> transport_;
+
+  // Executor thread only.
+  std::map<uint64_t, Assembly> assemblies_;  ///< by plan handle
+  PlanStore plans_;
+  StepRunner runner_;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool stopping_ = false;
+  std::deque<std::unique_ptr<Job>> jobs_;  ///< the first is running
+  std::jthread thread_;
+};
+
+}  // namespace weightd
