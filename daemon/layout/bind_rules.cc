@@ -129,7 +129,8 @@ class Binder {
       if (!rule.pattern.Match(name, &candidate)) continue;
       WEIGHTD_ASSIGN_OR_RETURN(const bool applies, Applies(i, candidate));
       if (!applies) {
-        inactive = i;
+        // A wide pattern that skips nothing here says nothing about the name.
+        if (!rule.pattern.has_star()) inactive = i;
         continue;
       }
       if (*found != kNone && !rule.skips() && !file_rules()[*found].skips()) {
