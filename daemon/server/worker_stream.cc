@@ -28,7 +28,6 @@ class WorkerPortImpl : public WorkerPort {
   void SendDropPlan(uint64_t handle) override;
   void SendStep(const StepCommand& command) override;
   void SendCancel(AttemptId attempt) override;
-  void SendDropRetained(uint64_t version) override;
   void Kill(const std::string& why) override {
     spdlog::error("worker is killed: {} device={}", why, device_);
     supervisor_.Kill();
@@ -208,12 +207,6 @@ void WorkerPortImpl::SendStep(const StepCommand& step) {
 void WorkerPortImpl::SendCancel(AttemptId attempt) {
   v1::WorkerCommand command;
   *command.mutable_cancel()->mutable_attempt() = ToProto(attempt);
-  Send(std::move(command));
-}
-
-void WorkerPortImpl::SendDropRetained(uint64_t version) {
-  v1::WorkerCommand command;
-  command.mutable_drop_retained()->set_version(version);
   Send(std::move(command));
 }
 

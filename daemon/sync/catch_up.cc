@@ -9,8 +9,15 @@ namespace weightd {
 Status CatchUpSession::Run() {
   attempt_ = host_.NextAttempt();
   Status status = Prepare();
-  if (status.ok()) status = Copy();
+  if (status.ok()) status = Copy(source_.peers.empty() ? Step::kRestore : Step::kCopyPeer);
   if (status.ok()) status = Commit();
+  Finish(status);
+  return status;
+}
+
+Status CatchUpSession::Retain() {
+  attempt_ = host_.NextAttempt();
+  const Status status = Copy(Step::kRetain);
   Finish(status);
   return status;
 }
@@ -85,7 +92,7 @@ Status CatchUpSession::Prepare() {
   return Wait(options.prepare, "engine", [this] { return waiting_.empty(); });
 }
 
-Status CatchUpSession::Copy() {
+Status CatchUpSession::Copy(Step step) {
   const std::shared_ptr<WorkerPort> worker = host_.Worker();
   if (worker == nullptr) {
     return Error(StatusCode::kUnavailable, reason::kWorkerLost, "it is being restarted",
@@ -100,7 +107,7 @@ Status CatchUpSession::Copy() {
   command.plan = plan_;
   command.version = source_.version;
   command.peers = source_.peers;
-  command.step = source_.peers.empty() ? Step::kRestore : Step::kCopyPeer;
+  command.step = step;
   for (const TargetView& target : view_.targets) {
     auto layout = std::make_shared<RankLayout>();
     layout->coordinates = target.rank->coordinates;
@@ -108,11 +115,16 @@ Status CatchUpSession::Copy() {
     command.targets.push_back(static_cast<uint32_t>(plan.targets.size()));
     plan.layouts.push_back(std::move(layout));
     plan.targets.push_back(target.rank->member);
-    plan.labels.push_back(target.rank->label);
+    // Retained copies are kept by label: it names the layout, so that any replica with this layout
+    // finds them.
+    plan.labels.push_back(step == Step::kCopyPeer
+                              ? target.rank->label
+                              : fmt::format("{} rank {}", source_.layout_key, plan.labels.size()));
   }
   worker->SendPlan(plan);
   WEIGHTD_RETURN_IF_ERROR(Wait(host_.options().prepare, "worker", [this] { return plan_loaded_; }));
-  running_ = touched_ = true;
+  running_ = true;
+  touched_ = step != Step::kRetain;
   worker->SendStep(command);
   return Wait(host_.options().transfer, "worker", [this] { return !running_; });
 }

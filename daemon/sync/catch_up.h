@@ -30,9 +30,13 @@ class CatchUpSession {
   /// Blocks. On an error the replica is POISONED if bytes may have been written, else as before.
   Status Run();
 
+  /// The other direction: lets the worker keep a host copy of the replica, which serves
+  /// source.version, and free older ones. The engine takes no part and goes on serving. Blocks.
+  Status Retain();
+
  private:
   Status Prepare();
-  Status Copy();
+  Status Copy(Step step);
   Status Commit();
   void Finish(const Status& status);
   template <typename Done>

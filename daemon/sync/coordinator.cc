@@ -72,8 +72,10 @@ void Coordinator::RunJobs(ModelRoom& room) {
       const SyncReport report = job.sync->Run();
       lock.lock();
       FinishSync(room, report);
-    } else {
+    } else if (job.catch_up != nullptr) {
       RunCatchUp(room, job, lock);
+    } else {
+      RunRetain(room, job, lock);
     }
     room.jobs.pop_front();
     room.running = false;
@@ -102,6 +104,7 @@ void Coordinator::FinishSync(ModelRoom& room, const SyncReport& report) {
                  fields.reason, fields.peer);
   }
   for (const auto& replica : room.model.replicas()) MaybeCatchUp(room, replica);
+  MaybeRetain(room);
 }
 
 void Coordinator::RequestSync(ActorSession& session, SyncRequest request) {

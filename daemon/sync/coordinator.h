@@ -165,7 +165,8 @@ class Coordinator {
     std::shared_ptr<Mailbox> mailbox;
     std::shared_ptr<class RoomHost> host;
     std::shared_ptr<SyncSession> sync;  // or
-    std::shared_ptr<Replica> catch_up;
+    std::shared_ptr<Replica> catch_up;  // or
+    std::shared_ptr<Replica> retain;    // serves `version`, of which the worker keeps a copy
     uint64_t version = 0;
   };
   friend struct ModelRoom;
@@ -176,6 +177,8 @@ class Coordinator {
   void Post(ModelRoom& room, const Event& event);
   void Enqueue(ModelRoom& room, Job job);
   void RunJobs(ModelRoom& room);
+  void MaybeRetain(ModelRoom& room);
+  void RunRetain(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock);
   void RunCatchUp(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock);
   std::optional<CatchUpSource> FindCatchUp(const ModelRoom& room, const ReplicaView& view) const;
   void MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& replica);

@@ -113,19 +113,18 @@ std::optional<bool> Coordinator::EngineReady(const std::string& engine) {
 std::optional<CatchUpSource> Coordinator::FindCatchUp(const ModelRoom& room,
                                                       const ReplicaView& view) const {
   const uint64_t version = room.model.ledger().highest();
-  const std::string key = LayoutKey(view);
+  const std::string key = room.model.name() + " " + LayoutKey(view);
   for (const ReplicaView& peer : ViewsOf(room)) {
     if (peer.handle == view.handle || peer.state != ReplicaState::kServing ||
-        peer.version != version || LayoutKey(peer) != key) {
+        peer.version != version || room.model.name() + " " + LayoutKey(peer) != key) {
       continue;
     }
-    CatchUpSource source;
-    source.version = version;
+    CatchUpSource source{.version = version, .layout_key = key};
     for (const TargetView& target : peer.targets) source.peers.push_back(target.rank->member);
     return source;
   }
   if (room.retained_version == version && version > 0 && room.retained_layout == key) {
-    return CatchUpSource{.version = version};
+    return CatchUpSource{.version = version, .layout_key = key};
   }
   return std::nullopt;
 }
@@ -149,6 +148,42 @@ void Coordinator::MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& 
   job.host = std::make_shared<RoomHost>(*this, room, nullptr);
   job.catch_up = replica;
   Enqueue(room, std::move(job));
+}
+
+// After a sync: one replica that serves the newest version is copied for those that come late.
+void Coordinator::MaybeRetain(ModelRoom& room) {
+  const uint64_t version = room.model.ledger().highest();
+  if (!config_.sync.retain_on_host || draining_ || room.retained_version == version) return;
+  for (const auto& replica : room.model.replicas()) {
+    if (replica->state != ReplicaState::kServing || replica->version != version) continue;
+    Job job;
+    job.mailbox = std::make_shared<Mailbox>();
+    job.host = std::make_shared<RoomHost>(*this, room, nullptr);
+    job.retain = replica;
+    job.version = version;
+    Enqueue(room, std::move(job));
+    return;
+  }
+}
+
+void Coordinator::RunRetain(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock) {
+  const ReplicaView view = ViewOf(job.retain);
+  if (view.state != ReplicaState::kServing || view.version != job.version) return;
+  const std::string key = room.model.name() + " " + LayoutKey(view);
+  room.retained_version = 0;
+  lock.unlock();
+  CatchUpSession session(*job.host, *job.mailbox, view,
+                         {.version = job.version, .layout_key = key});
+  const Status status = session.Retain();
+  lock.lock();
+  if (!status.ok()) {
+    spdlog::warn("cannot keep a copy: {} model={} version={}", Message(status), room.model.name(),
+                 job.version);
+    return;
+  }
+  room.retained_version = job.version;
+  room.retained_layout = key;
+  for (const auto& replica : room.model.replicas()) MaybeCatchUp(room, replica);
 }
 
 void Coordinator::RunCatchUp(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock) {

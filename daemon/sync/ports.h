@@ -120,7 +120,6 @@ class WorkerPort {
   virtual void SendDropPlan(uint64_t handle) = 0;
   virtual void SendStep(const StepCommand& command) = 0;
   virtual void SendCancel(AttemptId attempt) = 0;
-  virtual void SendDropRetained(uint64_t version) = 0;
   /// Kills the process: the fence of last resort. Its loss is then reported as any other.
   virtual void Kill(const std::string& why) = 0;
 };
