@@ -4,7 +4,7 @@
 
 namespace weightd {
 
-using nlohmann::json;
+using json = nlohmann::ordered_json;
 
 json ErrorJson(const Status& status) {
   if (status.ok()) return nullptr;

@@ -11,15 +11,15 @@
 namespace weightd {
 
 /// {"code","reason","message","tensor","rank","phase","peer","remedy"}; null for OK.
-nlohmann::json ErrorJson(const Status& status);
+nlohmann::ordered_json ErrorJson(const Status& status);
 
 /// "EPOCH.COUNTER"; "" for no attempt.
 std::string AttemptText(const v1::AttemptId& attempt);
 
 /// The result of a sync, as weightd_actor_sync_wait documents it.
-nlohmann::json ResultJson(const v1::SyncResult& result);
+nlohmann::ordered_json ResultJson(const v1::SyncResult& result);
 
 /// As text; bytes that are no UTF-8 are replaced.
-std::string Dump(const nlohmann::json& json);
+std::string Dump(const nlohmann::ordered_json& json);
 
 }  // namespace weightd
