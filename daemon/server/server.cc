@@ -195,6 +195,7 @@ void Server::Drain() {
 
 Server::~Server() {
   http_.reset();
+  supervisor_.LetGo();
   if (grpc_ != nullptr) {
     grpc_->Shutdown(std::chrono::system_clock::now() + milliseconds(200));
     grpc_->Wait();

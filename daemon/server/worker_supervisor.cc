@@ -37,10 +37,14 @@ WorkerSupervisor::WorkerSupervisor(WorkerCommandLine command, milliseconds backo
     : command_(std::move(command)), backoff_(backoff), callbacks_(std::move(callbacks)) {}
 
 WorkerSupervisor::~WorkerSupervisor() {
+  LetGo();
+  Kill();
+}
+
+void WorkerSupervisor::LetGo() {
   {
     const std::lock_guard lock(mu_);
     stopping_ = true;
-    if (view_.pid > 0) ::kill(view_.pid, SIGKILL);
   }
   changed_.notify_all();
 }

@@ -42,6 +42,9 @@ class WorkerSupervisor {
   /// Starts the thread. Call once the daemon's socket listens.
   void Start();
 
+  /// From now on the process is not replaced when it ends: the daemon is about to close its socket.
+  void LetGo();
+
   /// The secret that the running worker must present.
   std::string token();
   /// Kills the running worker with SIGKILL.
