@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, Mapping
 
 _BAR_WIDTH = 40
+# The order in which a sync runs them; JSON objects have none.
+_PHASES = (
+    "admit",
+    "resolve_layouts",
+    "build_plan",
+    "prepare",
+    "transfer",
+    "verify",
+    "commit",
+    "report",
+)
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,16 @@ class Ack:
         attempt = value.get("attempt", "")
         if isinstance(attempt, Mapping):
             attempt = f"{attempt.get('epoch', 0)}.{attempt.get('counter', 0)}"
+        phases = value.get("phases") or {}
+        order = {name: place for place, name in enumerate(_PHASES)}
         return cls(
             version=int(value.get("version", 0)),
             attempt=str(attempt),
             bytes=int(value.get("bytes", 0)),
-            phases={name: us / 1e6 for name, us in (value.get("phases") or {}).items()},
+            phases={
+                name: phases[name] / 1e6
+                for name in sorted(phases, key=lambda name: order.get(name, len(order)))
+            },
             replicas=tuple(ReplicaOutcome.from_dict(r) for r in value.get("replicas") or ()),
         )
 

@@ -12,7 +12,7 @@ from weightd.ack import Ack
 
 _RESULT = (
     '{"version": 7, "attempt": {"epoch": 3, "counter": 9}, "bytes": 4000000, '
-    '"phases": {"admit": 500, "transfer": 1500}, "replicas": [{"engine": "e0", "dp_rank": 0, '
+    '"phases": {"transfer": 1500, "admit": 500}, "replicas": [{"engine": "e0", "dp_rank": 0, '
     '"committed": true, "version": 7, "state": "SERVING", "verified": "memory", '
     '"caches_reset": ["prefix"], "error": null}, {"engine": "e1", "dp_rank": 1, '
     '"committed": false, "version": 6, "state": "POISONED", "verified": "", '
@@ -65,7 +65,7 @@ def test_errors_survive_pickling() -> None:
 def test_ack_reads_the_result_of_the_library() -> None:
     ack = Ack.from_json(_RESULT)
     assert (ack.version, ack.attempt, ack.bytes) == (7, "3.9", 4000000)
-    assert ack.phases == {"admit": 0.0005, "transfer": 0.0015}
+    assert list(ack.phases.items()) == [("admit", 0.0005), ("transfer", 0.0015)]
     assert ack.verified == "memory"
     assert [r.committed for r in ack.replicas] == [True, False]
     assert ack.replicas[1].error == "worker died"
