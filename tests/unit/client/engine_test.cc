@@ -1,0 +1,257 @@
+#include <catch2/catch.hpp>
+
+#include "tests/unit/client/client_testing.h"
+#include "tests/unit/client/fake_daemon.h"
+
+namespace weightd::testing {
+namespace {
+
+using nlohmann::json;
+
+struct Rig {
+  TempDir dir;
+  FakeWorker worker{dir.path() + "/worker.sock", "secret"};
+  std::unique_ptr<FakeDaemon> daemon = NewDaemon();
+  SharedFloats memory{16};
+  size_t from = 0;
+
+  std::unique_ptr<FakeDaemon> NewDaemon() {
+    return std::make_unique<FakeDaemon>(dir.path() + "/daemon.sock", &worker);
+  }
+
+  EnginePtr Open(bool auto_quiesce, int timeout_ms = 20'000) {
+    const std::string address = daemon->address();
+    const weightd_engine_options options{.address = address.c_str(),
+                                         .model = "m",
+                                         .engine = "e0",
+                                         .tp_rank = 1,
+                                         .tp_size = 2,
+                                         .architecture = "LlamaForCausalLM",
+                                         .profile = "vllm-0.32",
+                                         .config_json = "{}",
+                                         .auto_quiesce = auto_quiesce ? 1 : 0,
+                                         .connect_timeout_ms = timeout_ms};
+    weightd_engine* engine = nullptr;
+    const ErrorPtr error(weightd_engine_open(&options, &engine));
+    INFO(Field(error, "message"));
+    REQUIRE(error == nullptr);
+    return EnginePtr(engine);
+  }
+
+  ErrorPtr TryRegister(const EnginePtr& engine) {
+    weightd_param param{};
+    param.name = "weight";
+    param.dtype = 1;
+    param.num_dims = 1;
+    param.shape[0] = 16;
+    param.kind = 1;
+    param.memory = memory.Memory();
+    return ErrorPtr(weightd_engine_register(engine.get(), &param, 1));
+  }
+
+  EnginePtr Registered(bool auto_quiesce) {
+    daemon->Start();
+    EnginePtr engine = Open(auto_quiesce);
+    const ErrorPtr error = TryRegister(engine);
+    INFO(Field(error, "message"));
+    REQUIRE(error == nullptr);
+    return engine;
+  }
+
+  template <typename Wanted>
+  v1::EngineRequest Await(Wanted wanted) {
+    v1::EngineRequest request;
+    REQUIRE(daemon->engine.Await(&from, wanted, &request));
+    return request;
+  }
+  v1::EngineQuiesced AwaitQuiesced() {
+    return Await([](const auto& r) { return r.has_quiesced(); }).quiesced();
+  }
+  v1::EngineCommitted AwaitCommitted() {
+    return Await([](const auto& r) { return r.has_committed(); }).committed();
+  }
+  v1::EngineHello AwaitHello() {
+    return Await([](const auto& r) { return r.has_hello(); }).hello();
+  }
+
+  void Prepare(uint64_t counter, uint64_t version) {
+    v1::EngineEvent event;
+    event.mutable_prepare()->mutable_attempt()->set_epoch(1);
+    event.mutable_prepare()->mutable_attempt()->set_counter(counter);
+    event.mutable_prepare()->set_version(version);
+    REQUIRE(daemon->engine.Send(event));
+  }
+  void Commit(uint64_t counter, uint64_t version) {
+    v1::EngineEvent event;
+    event.mutable_commit()->mutable_attempt()->set_epoch(1);
+    event.mutable_commit()->mutable_attempt()->set_counter(counter);
+    event.mutable_commit()->set_version(version);
+    REQUIRE(daemon->engine.Send(event));
+  }
+  void Outcome(uint64_t counter, v1::EngineState state, bool untouched) {
+    v1::EngineEvent event;
+    event.mutable_outcome()->mutable_attempt()->set_epoch(1);
+    event.mutable_outcome()->mutable_attempt()->set_counter(counter);
+    event.mutable_outcome()->set_state(state);
+    event.mutable_outcome()->set_untouched(untouched);
+    REQUIRE(daemon->engine.Send(event));
+  }
+};
+
+/// Waits until the engine's state satisfies `wanted`.
+template <typename Wanted>
+json AwaitState(const EnginePtr& engine, Wanted wanted) {
+  const Clock::time_point deadline = Clock::now() + kPatience;
+  uint64_t seen = 0;
+  while (true) {
+    seen = weightd_engine_wait(engine.get(), seen, 1000);
+    json state = TakeJson(weightd_engine_state(engine.get()));
+    if (wanted(state)) return state;
+    INFO(state.dump());
+    REQUIRE(Clock::now() < deadline);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("an engine that nobody reads is prepared and committed without its caller") {
+  Rig rig;
+  const EnginePtr engine = rig.Registered(true);
+  const v1::EngineHello hello = rig.AwaitHello();
+  CHECK(hello.coordinates().tp_rank() == 1);
+  CHECK(hello.num_ranks() == 2);
+  CHECK_FALSE(hello.incarnation().empty());
+  CHECK(rig.worker.bindings().at(0).extent(0) == 16);
+
+  rig.Prepare(1, 7);
+  CHECK_FALSE(rig.AwaitQuiesced().has_error());
+  json state = TakeJson(weightd_engine_state(engine.get()));
+  CHECK(state["dirty"] == true);
+  CHECK(state["state"] == "STAGING");
+  rig.Commit(1, 7);
+  CHECK_FALSE(rig.AwaitCommitted().has_error());
+  rig.Outcome(1, v1::ENGINE_STATE_SERVING, false);
+  state = AwaitState(engine, [](const json& s) { return s["state"] == "SERVING"; });
+  CHECK(state["version"] == 7);
+  CHECK(state["dirty"] == false);
+  CHECK(state["attempt"] == "1.1");
+}
+
+TEST_CASE("the caller answers prepare and commit when it asked for that") {
+  Rig rig;
+  const EnginePtr engine = rig.Registered(false);
+  const ErrorPtr early(weightd_engine_quiesced(engine.get(), nullptr));
+  CHECK(weightd_error_code(early.get()) == 9);
+
+  rig.Prepare(1, 7);
+  json state = AwaitState(engine, [](const json& s) { return s["pending"] == "prepare"; });
+  CHECK(state["dirty"] == true);
+  REQUIRE(weightd_engine_quiesced(engine.get(), nullptr) == nullptr);
+  CHECK(rig.AwaitQuiesced().attempt().counter() == 1);
+  rig.Commit(1, 7);
+  AwaitState(engine, [](const json& s) { return s["pending"] == "commit"; });
+  REQUIRE(weightd_engine_committed(engine.get(), "prefix,encoder", nullptr) == nullptr);
+  const v1::EngineCommitted committed = rig.AwaitCommitted();
+  REQUIRE(committed.caches_reset_size() == 2);
+  CHECK(committed.caches_reset(1) == "encoder");
+  CHECK(TakeJson(weightd_engine_state(engine.get()))["version"] == 7);
+}
+
+TEST_CASE("an engine that cannot be quiesced stays clean") {
+  Rig rig;
+  const EnginePtr engine = rig.Registered(false);
+  rig.Prepare(1, 7);
+  AwaitState(engine, [](const json& s) { return s["pending"] == "prepare"; });
+  REQUIRE(weightd_engine_quiesced(engine.get(), "scheduler is stuck") == nullptr);
+  const v1::EngineQuiesced answer = rig.AwaitQuiesced();
+  CHECK(answer.error().reason() == "ENGINE_REFUSED");
+  CHECK(answer.error().message() == "scheduler is stuck");
+  CHECK(answer.error().rank() == "engine e0 tp 1");
+  rig.Outcome(1, v1::ENGINE_STATE_REGISTERED, true);
+  AwaitState(engine, [](const json& s) { return s["dirty"] == false; });
+}
+
+TEST_CASE("a torn engine shows that it is poisoned") {
+  Rig rig;
+  const EnginePtr engine = rig.Registered(true);
+  rig.Prepare(1, 7);
+  rig.AwaitQuiesced();
+  rig.Outcome(1, v1::ENGINE_STATE_POISONED, false);
+  const json state = AwaitState(engine, [](const json& s) { return s["state"] == "POISONED"; });
+  CHECK(state["dirty"] == true);
+}
+
+TEST_CASE("an older attempt is refused") {
+  Rig rig;
+  const EnginePtr engine = rig.Registered(true);
+  rig.Prepare(5, 7);
+  CHECK_FALSE(rig.AwaitQuiesced().has_error());
+  rig.Prepare(4, 9);
+  const v1::EngineQuiesced answer = rig.AwaitQuiesced();
+  CHECK(answer.attempt().counter() == 4);
+  CHECK(answer.error().reason() == "FENCED");
+  CHECK(TakeJson(weightd_engine_state(engine.get()))["attempt"] == "1.5");
+}
+
+TEST_CASE("an engine reports its truth to a new daemon only when no worker maps its memory") {
+  Rig rig;
+  const EnginePtr engine = rig.Registered(true);
+  rig.AwaitHello();
+  rig.Prepare(3, 7);
+  rig.AwaitQuiesced();
+  rig.worker.HoldUnmapping(true);
+  rig.daemon->Stop();
+  const json lost = AwaitState(engine, [](const json& s) { return s["connected"] == false; });
+  CHECK(lost["state"] == "POISONED");
+  CHECK(lost["error"]["reason"] == "DAEMON_LOST");
+
+  rig.daemon = rig.NewDaemon();
+  rig.daemon->Start();
+  rig.from = 0;
+  REQUIRE(rig.worker.AwaitEnded(1));  // the client let go, the worker has not confirmed
+  CHECK(rig.daemon->engine.requests().empty());
+  rig.worker.HoldUnmapping(false);
+  const v1::EngineHello hello = rig.AwaitHello();
+  CHECK(hello.dirty());
+  CHECK(hello.held_attempt().counter() == 3);
+  CHECK(hello.held_version() == 0);
+  CHECK(rig.worker.AwaitBound(2));
+}
+
+TEST_CASE("an engine may start before its daemon") {
+  Rig rig;
+  const EnginePtr engine = rig.Open(true, -1);
+  REQUIRE(rig.TryRegister(engine) == nullptr);
+  CHECK(TakeJson(weightd_engine_state(engine.get()))["registered"] == false);
+  rig.daemon->Start();
+  AwaitState(engine, [](const json& s) { return s["registered"] == true; });
+}
+
+TEST_CASE("what the daemon refuses is the error of the registration") {
+  Rig rig;
+  rig.daemon->engine.on_request = [&rig](const v1::EngineRequest& request) {
+    v1::EngineEvent event;
+    if (request.has_hello()) event.mutable_welcome()->mutable_protocol()->set_major(1);
+    if (request.has_register_()) {
+      event.mutable_error()->mutable_detail()->set_code(5);
+      event.mutable_error()->mutable_detail()->set_reason("UNKNOWN_ARCHITECTURE");
+    }
+    if (event.event_case() != v1::EngineEvent::EVENT_NOT_SET) rig.daemon->engine.Send(event);
+  };
+  rig.daemon->Start();
+  const EnginePtr engine = rig.Open(true);
+  const ErrorPtr error = rig.TryRegister(engine);
+  REQUIRE(error != nullptr);
+  CHECK(weightd_error_code(error.get()) == 5);
+  CHECK(Field(error, "reason") == "UNKNOWN_ARCHITECTURE");
+}
+
+TEST_CASE("closing tells the daemon that the engine leaves") {
+  Rig rig;
+  EnginePtr engine = rig.Registered(true);
+  engine.reset();
+  rig.Await([](const auto& r) { return r.has_released(); });
+  CHECK(rig.worker.AwaitEnded(1));
+}
+
+}  // namespace weightd::testing
