@@ -193,6 +193,22 @@ TEST_CASE("replicas that differ are named with their tensor and ranks") {
   CHECK_FALSE(done.touched());
 }
 
+TEST_CASE("a plan of parameters only serves catch-up and nothing else") {
+  Fixture fixture;
+  fixture.AttachAll();
+  PlanInput plan = SmallPlan();
+  plan.table.clear();
+  plan.sources.clear();
+  plan.shards.clear();
+  plan.layouts[0].writes.clear();
+  CHECK(fixture.Load(plan).error().code() == 0);
+  for (const v1::Step step : {v1::STEP_TRANSFER, v1::STEP_VERIFY, v1::STEP_CHECK_REPLICAS}) {
+    CHECK(ReasonOf(fixture.Run(step).error()) == reason::kNoPlan);
+  }
+  CHECK(fixture.Run(v1::STEP_RETAIN, {}, 3).error().code() == 0);
+  CHECK(fixture.Run(v1::STEP_RESTORE, {}, 3).error().code() == 0);
+}
+
 TEST_CASE("a late engine is filled from a peer, or from the copy that was retained") {
   Fixture fixture;
   fixture.AttachAll();
