@@ -33,7 +33,7 @@ ARROWS = {
     "client/ctl": {"loaders", "daemon/wire", "daemon/plan", "daemon/layout", "daemon/base", "proto"},
 }  # fmt: skip
 MOST_LINES = 400
-OWED = re.compile("TO" + "DO|FIX" + "ME|XX" + "X")
+OWED = re.compile(r"\b(TO" + "DO|FIX" + "ME|XX" + r"X)\b")
 
 
 def _tracked(*patterns: str) -> list[Path]:
