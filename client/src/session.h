@@ -156,8 +156,9 @@ class Session {
   std::unique_ptr<DataLink> link_;
   uint64_t link_id_ = 0;
   bool link_finishing_ = false;
-  std::optional<v1::WorkerEndpoint> endpoint_;  // where to attach next
-  std::string device_;                          // of the link's worker
+  std::optional<v1::WorkerEndpoint> endpoint_;   // where to attach next
+  std::optional<v1::WorkerEndpoint> announced_;  // by worker_changed, ahead of the registration
+  std::string device_;                           // of the link's worker
   Clock::time_point retry_at_ = Clock::time_point::min();
   Clock::time_point welcome_by_;
   milliseconds backoff_ = kFirstBackoff;

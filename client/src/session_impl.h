@@ -117,6 +117,7 @@ void Session<Protocol>::AdvanceLending() {
   if (link_ != nullptr) return;  // goes on when the worker has let go
   if (attach) return StartLink();
   lent_ = Lent::kSent;
+  announced_.reset();
   for (const Request& request : Registration()) stream_->Send(request);
 }
 
@@ -182,7 +183,14 @@ void Session<Protocol>::OnEvent(Event event) {
   if (event.has_error()) return OnError(FromProto(event.error().detail()), event.error().fatal());
   if (event.has_registered() && lent_ == Lent::kSent) {
     lent_ = Lent::kAttaching;
-    return OnEndpoint(event.registered().worker());
+    const v1::WorkerEndpoint& answered = event.registered().worker();
+    const bool replaced = announced_.has_value() && announced_->member() == answered.member();
+    return OnEndpoint(replaced ? *announced_ : answered);
+  }
+  // The worker was replaced after the daemon had made its answer and before it was sent.
+  if (event.has_worker_changed() && lent_ == Lent::kSent) {
+    announced_ = event.worker_changed();
+    return;
   }
   if (event.has_worker_changed() && (lent_ == Lent::kAttaching || lent_ == Lent::kDone)) {
     lent_ = Lent::kAttaching;
