@@ -68,22 +68,19 @@ WorkerSupervisor::View WorkerSupervisor::view() {
   return view_;
 }
 
+std::string WorkerSupervisor::SocketPath(uint32_t generation) const {
+  return fmt::format("{}/worker-{}-{}-{}.sock", command_.runtime_dir, command_.device, ::getpid(),
+                     generation);
+}
+
 pid_t WorkerSupervisor::Spawn(const std::string& token, uint32_t generation) {
-  std::vector<std::string> args = {"weightd",
-                                   "--worker",
-                                   "--device",
-                                   command_.device,
-                                   "--daemon",
-                                   "unix:" + command_.daemon_socket,
-                                   "--socket",
-                                   fmt::format("{}/worker-{}-{}-{}.sock", command_.runtime_dir,
-                                               command_.device, ::getpid(), generation),
-                                   "--threads",
-                                   std::to_string(command_.threads),
-                                   "--log-level",
-                                   command_.log_level,
-                                   "--log-format",
-                                   command_.log_format};
+  std::vector<std::string> args = {"weightd",      "--worker",
+                                   "--device",     command_.device,
+                                   "--daemon",     "unix:" + command_.daemon_socket,
+                                   "--socket",     SocketPath(generation),
+                                   "--threads",    std::to_string(command_.threads),
+                                   "--log-level",  command_.log_level,
+                                   "--log-format", command_.log_format};
   if (!command_.peer_check) args.emplace_back("--no-peer-check");
   std::vector<char*> argv;
   for (std::string& arg : args) argv.push_back(arg.data());
@@ -124,6 +121,7 @@ void WorkerSupervisor::Run() {
       int status = 0;
       while (::waitpid(pid, &status, 0) < 0 && errno == EINTR) {
       }
+      ::unlink(SocketPath(generation).c_str());  // a killed worker leaves it behind
       lock.lock();
       view_.last_exit = Describe(status);
     }

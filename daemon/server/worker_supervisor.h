@@ -59,6 +59,7 @@ class WorkerSupervisor {
 
  private:
   void Run();
+  std::string SocketPath(uint32_t generation) const;
   pid_t Spawn(const std::string& token, uint32_t generation);
 
   const WorkerCommandLine command_;
