@@ -79,6 +79,8 @@ class SessionHost {
   virtual GroupView ViewGroup() = 0;
   /// Replicas that are complete, in the order of registration.
   virtual std::vector<ReplicaView> ViewReplicas() = 0;
+  /// A registered replica that waits for ranks, e.g. "engine e0 dp 0"; "" if there is none.
+  virtual std::string IncompleteReplica() { return ""; }
   virtual AttemptId NextAttempt() = 0;
   virtual std::shared_ptr<WorkerPort> Worker() = 0;
   virtual Status AdmitVersion(uint64_t version) = 0;

@@ -28,6 +28,14 @@ std::vector<ReplicaView> RoomHost::ViewReplicas() {
   return views;
 }
 
+std::string RoomHost::IncompleteReplica() {
+  const std::lock_guard lock(coordinator_.mu_);
+  for (const auto& replica : room_.model.replicas()) {
+    if (!replica->complete()) return replica->label();
+  }
+  return "";
+}
+
 AttemptId RoomHost::NextAttempt() {
   const std::lock_guard lock(coordinator_.mu_);
   return {coordinator_.config_.epoch, coordinator_.next_attempt_++};

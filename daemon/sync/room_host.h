@@ -20,6 +20,7 @@ class RoomHost : public SessionHost {
 
   GroupView ViewGroup() override;
   std::vector<ReplicaView> ViewReplicas() override;
+  std::string IncompleteReplica() override;
   AttemptId NextAttempt() override;
   std::shared_ptr<WorkerPort> Worker() override;
   Status AdmitVersion(uint64_t version) override;

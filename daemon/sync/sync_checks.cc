@@ -28,6 +28,19 @@ Status SyncSession::CheckRanksPresent() const {
   return absl::OkStatus();
 }
 
+Status SyncSession::NoEngineError() const {
+  const std::string incomplete = host_.IncompleteReplica();
+  if (incomplete.empty()) {
+    return Error(StatusCode::kFailedPrecondition, reason::kNoEngine,
+                 "start an inference engine with this model name, then sync again",
+                 "no engine is registered for this model");
+  }
+  return WithPeer(Error(StatusCode::kFailedPrecondition, reason::kNoEngine,
+                        "start the missing ranks of the named engine, then sync again",
+                        "no engine of this model has all of its ranks: {}", incomplete),
+                  incomplete);
+}
+
 Status SyncSession::CheckRequests() {
   const std::lock_guard lock(requests_mu_);
   const SyncRequest& first = requests_.front();

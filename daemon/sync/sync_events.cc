@@ -165,6 +165,13 @@ Status SyncSession::DeadlineError(milliseconds limit, const std::string& peer) c
       peer.empty() ? "worker" : peer);
 }
 
+Status SyncSession::NoWorkerError() {
+  return WithPeer(Error(StatusCode::kUnavailable, reason::kWorkerLost,
+                        "it is being restarted: sync again; see the daemon's log if it stays away",
+                        "worker is not running: device=host"),
+                  "worker host");
+}
+
 std::vector<SyncSession::ReplicaRun*> SyncSession::Viable() {
   std::vector<ReplicaRun*> viable;
   for (ReplicaRun& run : replicas_) {
@@ -257,11 +264,7 @@ Status SyncSession::AwaitEngines(milliseconds limit) {
 
 Status SyncSession::LoadPlans() {
   const std::shared_ptr<WorkerPort> worker = host_.Worker();
-  if (worker == nullptr) {
-    return Error(StatusCode::kUnavailable, reason::kWorkerLost,
-                 "it is being restarted: sync again; see the daemon's log if it stays away",
-                 "worker is not running: device=host");
-  }
+  if (worker == nullptr) return NoWorkerError();
   for (ReplicaRun* run : Viable()) {
     const uint64_t handle = run->plan->worker->handle;
     if (host_.PlanLoaded(handle) || !plans_waiting_.insert(handle).second) continue;
@@ -274,8 +277,8 @@ Status SyncSession::LoadPlans() {
 
 Status SyncSession::RunStep(Step step, milliseconds limit) {
   const std::shared_ptr<WorkerPort> worker = host_.Worker();
+  if (worker == nullptr) return NoWorkerError();
   for (ReplicaRun* run : Viable()) {
-    if (worker == nullptr) break;
     StepCommand command;
     command.attempt = run->attempt;
     command.step = step;

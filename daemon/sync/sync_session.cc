@@ -62,11 +62,7 @@ Status SyncSession::ResolveLayouts() {
     run.view = std::move(view);
     replicas_.push_back(std::move(run));
   }
-  if (replicas_.empty()) {
-    return Error(StatusCode::kFailedPrecondition, reason::kNoEngine,
-                 "start an inference engine with this model name, then sync again",
-                 "no engine is registered for this model");
-  }
+  if (replicas_.empty()) return NoEngineError();
   for (ReplicaRun* run : Viable()) {
     if (Status status = host_.ResolveLayouts(group_, run->view); !status.ok()) {
       Fail(*run, WithRank(std::move(status), run->view.label()));

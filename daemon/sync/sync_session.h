@@ -79,6 +79,8 @@ class SyncSession {
 
   Status CheckRequests();
   Status CheckRanksPresent() const;
+  Status NoEngineError() const;
+  static Status NoWorkerError();
   Status AwaitMembers();
   Status CheckReplicas();
   Status LoadPlans();
