@@ -9,6 +9,7 @@
 #include "client/include/weightd/weightd.h"
 #include "client/src/actor_client.h"
 #include "client/src/engine_client.h"
+#include "client/src/fork_guard.h"
 #include "daemon/base/version.h"
 
 struct weightd_error {
@@ -39,7 +40,7 @@ weightd_error* ToError(const Status& status, std::string result_json = "") {
 
 Status Forked() {
   return Error(
-      StatusCode::kFailedPrecondition, reason::kInternal,
+      StatusCode::kFailedPrecondition, reason::kForked,
       "use it in the process that made it; start processes that need their own by spawn or exec",
       "object was made before fork() and belongs to the parent process");
 }
@@ -72,6 +73,7 @@ StatusOr<std::unique_ptr<ActorClient>> OpenActor(const weightd_actor_options& op
   if (Text(options.group).empty()) return Missing("group");
   if (options.world_size < 1) return Missing("world_size");
   if (options.rank < 0 || options.rank >= options.world_size) return Missing("rank");
+  WEIGHTD_RETURN_IF_ERROR(EnterRuntime());
   auto session = std::make_unique<ActorClient>(
       std::move(settings),
       ActorClient::Identity{.model = options.model,
@@ -106,6 +108,7 @@ StatusOr<std::unique_ptr<EngineClient>> OpenEngine(const weightd_engine_options&
   if (!below(coordinates.ep_rank, coordinates.ep_size)) return Missing("ep_rank, ep_size");
   if (coordinates.dp_rank < 0) return Missing("dp_rank");
   const std::string mode = Text(options.commit_mode);
+  WEIGHTD_RETURN_IF_ERROR(EnterRuntime());
   auto session = std::make_unique<EngineClient>(
       std::move(settings), EngineClient::Identity{.model = options.model,
                                                   .engine = options.engine,

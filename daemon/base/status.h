@@ -55,6 +55,7 @@ inline constexpr char kRuleFile[] = "RULE_FILE";
 inline constexpr char kDivisibility[] = "DIVISIBILITY";
 inline constexpr char kConfig[] = "CONFIG";
 inline constexpr char kFenced[] = "FENCED";
+inline constexpr char kForked[] = "FORKED";
 inline constexpr char kPeerLost[] = "PEER_LOST";
 inline constexpr char kWorkerLost[] = "WORKER_LOST";
 inline constexpr char kDaemonLost[] = "DAEMON_LOST";
