@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests.support.cluster import Cluster, EngineProcess, missing_binaries
+from tests.support.cluster import Cluster, EngineCaller, EngineProcess, missing_binaries
 from tests.support.gloo import run_ranks
 from weightd import Actor
 
@@ -102,7 +102,7 @@ def _train(
     family: str,
     trainer: str,
     dtype: torch.dtype,
-    engines: list[tuple[EngineProcess, str]],
+    engines: list[tuple[EngineCaller, str]],
     folder: Path,
 ) -> list[str]:
     """One trainer rank: three versions, each checked in every engine. Returns what went wrong."""
@@ -144,7 +144,7 @@ def _unexpected(ack: Any, version: int) -> list[str]:
 
 def _open_engines(
     processes: list[EngineProcess], model_key: str, family: str
-) -> list[tuple[EngineProcess, str]]:
+) -> list[tuple[EngineCaller, str]]:
     """Opens every engine of the case; ranks of one engine lie in different processes."""
     _, config_kind, more = FAMILIES[family]
     config = config_kind(**SIZES, **more).to_dict()
@@ -165,7 +165,7 @@ def _open_engines(
                 tp_size=tp_size,
                 dtype=dtype,
             )
-            opened.append((process, key))
+            opened.append((process.caller, key))
     return opened
 
 

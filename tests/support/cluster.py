@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import reduction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional, Sequence
+from typing import IO, Any, Optional, Sequence
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 30.0
@@ -135,14 +136,9 @@ class Cluster:
 
 
 class EngineProcess:
-    """A process that opens engine ranks on request; see tests/support/engine_process.py.
-
-    One caller at a time, in this process or in one forked from it.
-    """
+    """A process that opens engine ranks on request; see tests/support/engine_process.py."""
 
     def __init__(self, name: str, address: str, log_path: Path) -> None:
-        self.name = name
-        self._log_path = log_path
         environment = dict(os.environ)
         paths: Sequence[str] = (str(_ROOT / "client" / "python"), str(_ROOT))
         if "WEIGHTD_INSTALLED" in environment:
@@ -157,6 +153,8 @@ class EngineProcess:
                 cwd=_ROOT,
                 env=environment,
             )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self.caller = EngineCaller(name, log_path, self._process.stdin, self._process.stdout)
 
     @property
     def pid(self) -> int:
@@ -164,23 +162,8 @@ class EngineProcess:
         return self._process.pid
 
     def call(self, operation: str, **arguments: Any) -> Any:
-        """Asks for one operation and returns its answer.
-
-        Raises:
-            AssertionError: the operation failed or the process is gone; with its traceback or log.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request = json.dumps({"operation": operation, **arguments}) + "\n"
-        try:
-            self._process.stdin.write(request.encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        line = self._process.stdout.readline()
-        assert line, f"{self.name} is gone:\n{self._log_path.read_text(errors='replace')}"
-        answer = json.loads(line)
-        assert "error" not in answer, f"{self.name}: {operation} failed:\n{answer.get('error')}"
-        return answer["value"]
+        """As `EngineCaller.call`."""
+        return self.caller.call(operation, **arguments)
 
     def close(self) -> None:
         """Lets the process close its ranks and end."""
@@ -190,6 +173,47 @@ class EngineProcess:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             _end(self._process, signal.SIGKILL)
+
+
+class EngineCaller:
+    """The pipes to an `EngineProcess`; may be handed to a process that multiprocessing starts.
+
+    One caller at a time.
+    """
+
+    def __init__(self, name: str, log_path: Path, requests: IO[bytes], answers: IO[bytes]) -> None:
+        self._name = name
+        self._log_path = log_path
+        self._requests = requests
+        self._answers = answers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        pipes = [reduction.DupFd(pipe.fileno()) for pipe in (self._requests, self._answers)]
+        return _caller_in_child, (self._name, self._log_path, *pipes)
+
+    def call(self, operation: str, **arguments: Any) -> Any:
+        """Asks for one operation and returns its answer.
+
+        Raises:
+            AssertionError: the operation failed or the process is gone; with its traceback or log.
+        """
+        request = json.dumps({"operation": operation, **arguments}) + "\n"
+        try:
+            self._requests.write(request.encode())
+            self._requests.flush()
+        except BrokenPipeError:
+            pass
+        line = self._answers.readline()
+        assert line, f"{self._name} is gone:\n{self._log_path.read_text(errors='replace')}"
+        answer = json.loads(line)
+        assert "error" not in answer, f"{self._name}: {operation} failed:\n{answer.get('error')}"
+        return answer["value"]
+
+
+def _caller_in_child(name: str, log_path: Path, requests: Any, answers: Any) -> EngineCaller:
+    return EngineCaller(
+        name, log_path, open(requests.detach(), "wb"), open(answers.detach(), "rb")
+    )
 
 
 def _end(process: subprocess.Popen, signal_number: int) -> int:
