@@ -54,6 +54,7 @@ inline constexpr char kAmbiguousRule[] = "AMBIGUOUS_RULE";
 inline constexpr char kRuleFile[] = "RULE_FILE";
 inline constexpr char kDivisibility[] = "DIVISIBILITY";
 inline constexpr char kConfig[] = "CONFIG";
+inline constexpr char kCheckpoint[] = "CHECKPOINT";
 inline constexpr char kFenced[] = "FENCED";
 inline constexpr char kForked[] = "FORKED";
 inline constexpr char kPeerLost[] = "PEER_LOST";
