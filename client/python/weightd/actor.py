@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
-from weightd import _group, _marshal, _memory, _native
+from weightd import _adapters, _group, _marshal, _memory, _native
+from weightd._drive import Drive, DrivenEngine, DriveSettings
 from weightd._source import NameMap, Source, module_pairs, named_pairs
 from weightd.ack import Ack
-from weightd.errors import UNIMPLEMENTED, Error, UnsupportedError, layout_error, state_error
+from weightd.engine_client import PAUSE_MODES, PauseMode
+from weightd.errors import Error, layout_error, state_error
 
 _SLICE_MS = 100
+_ADMIT_SLICE_MS = 2  # how late engines learn that the daemon waits for them
 _CANCEL_SLICES = 100
 
 NamedTensors = Union[Mapping[str, Any], Iterable[tuple[str, Any]]]
@@ -34,11 +37,20 @@ class Actor:
         rank: this rank; None asks torch.distributed, or is 0 where that is not initialised.
         world_size: ranks of the trainer; None as for ``rank``.
         group: id from `weightd.new_group`, equal on all ranks; None shares one.
-        engines: engines to drive; must be empty, the engine drivers are not in this build.
+        engines: engines to pause, fill and resume in every `sync`, a sequence or a mapping from
+            instance name: a vLLM ``LLM`` or ``AsyncLLM``, the URL of a ``vllm serve`` that runs
+            with ``VLLM_SERVER_DEV_MODE=1``, a Ray handle of either, or an `EngineClient`. Only rank
+            0 drives; other ranks may pass the same and ignore it.
+        pause_mode: requests in flight: ``abort`` ends, ``wait`` drains (bounded by the daemon's
+            ``deadlines.prepare``), ``keep`` freezes and goes on with them.
+        reset_caches: drop what engines computed with older weights before they resume.
+        engine_timeout: seconds that a call to an engine may take before the sync fails.
         connect_timeout: seconds to wait for the daemon.
 
     Raises:
         errors.UnavailableError: no daemon answers.
+        errors.EngineError: an engine cannot be driven; names it.
+        errors.UnsupportedError: an engine is of no known kind, or lives in another rank than 0.
         errors.GroupError: rank, world size and group do not fit together.
         errors.ProtocolError: daemon and library are of different generations.
     """
@@ -51,15 +63,17 @@ class Actor:
         rank: Optional[int] = None,
         world_size: Optional[int] = None,
         group: Optional[str] = None,
-        engines: Sequence[Any] = (),
+        engines: Union[Sequence[Any], Mapping[str, Any]] = (),
+        pause_mode: PauseMode = "abort",
+        reset_caches: bool = True,
+        engine_timeout: float = 4.0,
         connect_timeout: float = 10.0,
     ) -> None:
-        if len(engines) > 0:
-            raise UnsupportedError(
-                f"engine drivers are not in this build: engines={len(engines)}",
-                code=UNIMPLEMENTED,
-                reason="DRIVER",
-                remedy="leave engines empty and pause the engines around sync() yourself",
+        if pause_mode not in PAUSE_MODES:
+            raise layout_error(
+                f"unknown pause mode: {pause_mode!r}",
+                reason="CONFIG",
+                remedy=f"one of {', '.join(PAUSE_MODES)}",
             )
         lib = _native.library()
         self.group = _group.resolve(group, rank, world_size)
@@ -84,9 +98,30 @@ class Actor:
         self._staged: Optional[Source] = None  # keeps tensors of sync(tensors=) alive
         self._version = 0
         self._replicas_checked = False
+        self._drive_settings = DriveSettings(pause_mode, reset_caches, engine_timeout)
+        self._engines: list[DrivenEngine] = []
         self._close = weakref.finalize(
             self, _native.close_handle, "actor", self._handle, self._pid, self._lock, None
         )
+        try:
+            self.drive(engines)
+        except BaseException:
+            self._close()
+            raise
+
+    def drive(self, engines: Union[Sequence[Any], Mapping[str, Any]]) -> None:
+        """Replaces the engines that `sync` drives, e.g. after one was started anew.
+
+        Args:
+            engines: as in the constructor; a server that restarts at the same URL needs no call.
+
+        Raises:
+            errors.EngineError, errors.UnsupportedError: as the constructor; nothing is replaced.
+        """
+        with self._exclusive():
+            self._engines = _adapters.take_over(
+                engines, self.group.rank, self._drive_settings.timeout
+            )
 
     def register(
         self, tensors: Union[Any, NamedTensors], name_map: Optional[NameMap] = None
@@ -151,13 +186,18 @@ class Actor:
                 ),
             )
             try:
+                for engine in self._engines:
+                    engine.check_caller()
                 refusal = self._prepare(tensors, options)
             except Error as error:
                 if self._described is None:
                     raise
                 refusal = error
+            drive = None
+            if self._engines and refusal is None:
+                drive = Drive(self._engines, self._drive_settings, self.model, number)
             try:
-                ack = self._run(options, refusal)
+                ack = self._run(options, refusal, drive)
             except Error as error:
                 if error.result is not None and any(r.committed for r in error.result.replicas):
                     self._version = max(self._version, number)
@@ -238,7 +278,9 @@ class Actor:
     def _register_native(self, array: ctypes.Array, count: int) -> None:
         _native.check(self._lib.weightd_actor_register(self._handle, array, count))
 
-    def _run(self, options: _native.SyncOptions, refusal: Optional[Error]) -> Ack:
+    def _run(
+        self, options: _native.SyncOptions, refusal: Optional[Error], drive: Optional[Drive]
+    ) -> Ack:
         """Runs one sync to its end. Leaves no sync running, whatever happens."""
         if refusal is not None:
             options.staged, options.num_staged = None, 0
@@ -246,23 +288,39 @@ class Actor:
             options.refuse_message = _native.encode(refusal.message)
             options.refuse_tensor = _native.encode(refusal.tensor)
             options.refuse_remedy = _native.encode(refusal.remedy)
-        _native.check(self._lib.weightd_actor_sync_begin(self._handle, ctypes.byref(options)))
+        ack: Optional[Ack] = None
+        failure: Optional[Error] = None
         try:
-            while True:
-                ack = self._wait_slice()
-                if ack is not None:
-                    return ack
-        except Error:
-            raise
+            _native.check(self._lib.weightd_actor_sync_begin(self._handle, ctypes.byref(options)))
+            while ack is None:
+                begun = drive is None or drive.begun
+                ack = self._wait_slice(_SLICE_MS if begun else _ADMIT_SLICE_MS)
+                if ack is None and drive is not None and drive.watch(self._phase()):
+                    self._lib.weightd_actor_sync_cancel(self._handle)
+        except Error as error:
+            failure = error
         except BaseException:
-            self._cancel_and_drain()
+            result = self._cancel_and_drain()
+            if drive is not None:
+                drive.give_up(result)
             raise
+        if drive is not None:
+            return drive.conclude(ack, failure, require_all=options.require_replicas == 0)
+        if failure is not None:
+            raise failure
+        assert ack is not None
+        return ack
 
-    def _wait_slice(self) -> Optional[Ack]:
+    def _phase(self) -> str:
+        """The phase that the daemon last told, or an empty text."""
+        state = json.loads(_native.take_string(self._lib.weightd_actor_state(self._handle)))
+        return str(state.get("phase", ""))
+
+    def _wait_slice(self, timeout_ms: int = _SLICE_MS) -> Optional[Ack]:
         """Waits one slice, so that signals are answered; None while the sync runs."""
         result, error = ctypes.c_void_p(), ctypes.c_void_p()
         ended = self._lib.weightd_actor_sync_wait(
-            self._handle, _SLICE_MS, ctypes.byref(result), ctypes.byref(error)
+            self._handle, timeout_ms, ctypes.byref(result), ctypes.byref(error)
         )
         if not ended:
             return None
@@ -270,15 +328,17 @@ class Actor:
         _native.check(error.value)
         return Ack.from_json(text)
 
-    def _cancel_and_drain(self) -> None:
+    def _cancel_and_drain(self) -> Optional[Ack]:
         """Cancels the running sync and waits, for at most ten seconds, until it has ended."""
         self._lib.weightd_actor_sync_cancel(self._handle)
         for _ in range(_CANCEL_SLICES):
             try:
-                if self._wait_slice() is not None:
-                    return
-            except Error:
-                return
+                ack = self._wait_slice()
+            except Error as error:
+                return error.result
+            if ack is not None:
+                return ack
+        return None
 
     def _next_version(self, version: Optional[int]) -> int:
         if version is None:

@@ -20,7 +20,7 @@ ResourceError      MESSAGE_TOO_LARGE FILE_DESCRIPTORS                           
 SharedMemoryError  SHARED_MEMORY (a ResourceError)
 ProtocolError      PROTOCOL_VERSION PROTOCOL
 VerifyError        VERIFY_MISMATCH
-EngineError        ENGINE_REFUSED NO_ENGINE NO_PLAN                                     5
+EngineError        ENGINE_REFUSED ENGINE_CALL NO_ENGINE NO_PLAN                         5
 PoisonedError      POISONED (an EngineError)
 CancelledError     CANCELLED                                                            1
 UnsupportedError   DEVICE DRIVER MEMORY                                                 12
@@ -42,6 +42,8 @@ FAILED_PRECONDITION = 9
 INTERNAL = 13
 UNIMPLEMENTED = 12
 DEADLINE_EXCEEDED = 4
+NOT_FOUND = 5
+UNAVAILABLE = 14
 
 
 class Error(Exception):
@@ -199,7 +201,7 @@ _BY_REASON: dict[str, type[Error]] = {
     "SHARED_MEMORY": SharedMemoryError,
     **dict.fromkeys(("PROTOCOL_VERSION", "PROTOCOL"), ProtocolError),
     "VERIFY_MISMATCH": VerifyError,
-    **dict.fromkeys(("ENGINE_REFUSED", "NO_ENGINE", "NO_PLAN"), EngineError),
+    **dict.fromkeys(("ENGINE_REFUSED", "ENGINE_CALL", "NO_ENGINE", "NO_PLAN"), EngineError),
     "POISONED": PoisonedError,
     "CANCELLED": CancelledError,
     **dict.fromkeys(("DEVICE", "DRIVER", "MEMORY"), UnsupportedError),

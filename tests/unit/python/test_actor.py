@@ -322,11 +322,6 @@ def test_launched_rank_without_process_group_is_refused(
         Actor(model="m")
 
 
-def test_engines_to_drive_are_refused(library: FakeLibrary) -> None:
-    with pytest.raises(errors.UnsupportedError, match="engine drivers"):
-        Actor(model="m", engines=["http://localhost:8000"])
-
-
 def test_import_is_free_of_torch_threads_and_native_code() -> None:
     code = (
         "import sys, threading, weightd\n"

@@ -1,0 +1,391 @@
+"""What the user passes as ``engines``: which calls each kind of vLLM gets, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any, Iterator, Optional
+
+import pytest
+
+from tests.support.fake_library import FakeLibrary
+from weightd import Actor, EngineClient, errors
+from weightd._adapters import take_over
+
+UPDATE = {"model": "m", "version": 7}
+
+
+def _drive(client: EngineClient, mode: str = "abort") -> tuple[str, ...]:
+    """All calls of a sync that commits version 7."""
+    client.pause(mode)  # type: ignore[arg-type]
+    client.start_weight_update()
+    client.update_weights(dict(UPDATE))
+    client.finish_weight_update("7")
+    caches = tuple(client.reset_caches())
+    client.resume()
+    return caches
+
+
+def _config(backend: Optional[str] = "weightd", multimodal: bool = False) -> Any:
+    return SimpleNamespace(
+        weight_transfer_config=backend and SimpleNamespace(backend=backend),
+        model_config=SimpleNamespace(is_multimodal_model=multimodal, served_model_name="m"),
+        additional_config={"weightd": {"engine": "e7"}},
+        instance_id="abcde",
+    )
+
+
+class FakeLLM:
+    """The methods of `vllm.LLM` that weightd uses; records the calls."""
+
+    def __init__(self, **config: Any) -> None:
+        self.calls: list[tuple] = []
+        self.reset = True
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.llm_engine = SimpleNamespace(
+            vllm_config=_config(**config),
+            engine_core=SimpleNamespace(resources=self.resources),
+            reset_encoder_cache=lambda: self.calls.append(("reset_encoder_cache",)),
+        )
+
+    def start_weight_update(self) -> None:
+        self.calls.append(("start_weight_update",))
+
+    def reset_prefix_cache(self, **options: bool) -> bool:
+        self.calls.append(("reset_prefix_cache", options))
+        return self.reset
+
+    def __getattr__(self, name: str) -> Any:
+        known = "sleep", "update_weights", "finish_weight_update", "wake_up", "reset_mm_cache"
+        if name not in known:
+            raise AttributeError(name)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            self.calls.append((name, *args, *([kwargs] if kwargs else [])))
+
+        return call
+
+
+def test_llm_in_process_gets_its_own_calls() -> None:
+    llm = FakeLLM()
+    (engine,) = take_over([llm], 0, 1.0)
+    assert llm.calls == [] and engine.label == "e7"
+    assert _drive(engine.client, "keep") == ("prefix",)
+    assert llm.calls == [
+        ("sleep", {"level": 0, "mode": "keep"}),
+        ("start_weight_update",),
+        ("update_weights", {"update_info": UPDATE}),
+        ("finish_weight_update", "7"),
+        ("reset_prefix_cache", {"reset_running_requests": True, "reset_connector": True}),
+        ("wake_up", {"tags": ["scheduling"]}),
+    ]
+    engine.check_alive()
+    llm.resources.engine_dead = True
+    with pytest.raises(RuntimeError, match="dead"):
+        engine.check_alive()
+
+
+def test_caches_of_a_multimodal_model_are_reset_and_named() -> None:
+    llm = FakeLLM(multimodal=True)
+    (engine,) = take_over([llm], 0, 1.0)
+    assert engine.client.reset_caches() == ("prefix", "multimodal", "encoder")
+    assert [call[0] for call in llm.calls] == [
+        "reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache",
+    ]  # fmt: skip
+    llm.reset = False
+    with pytest.raises(RuntimeError, match="did not reset"):
+        engine.client.reset_caches()
+
+
+@pytest.mark.parametrize("backend", [None, "nccl"])
+def test_llm_with_another_backend_is_refused_before_any_call(backend: Optional[str]) -> None:
+    llm = FakeLLM(backend=backend)
+    with pytest.raises(errors.EngineError, match=f"backend={backend or 'none'}") as caught:
+        take_over([llm], 0, 1.0)
+    assert caught.value.reason == "ENGINE_REFUSED" and '"backend": "weightd"' in caught.value.remedy
+    assert llm.calls == []
+
+
+class FakeAsyncLLM:
+    """The methods of vLLM's ``AsyncLLM`` that weightd uses."""
+
+    def __init__(self, loop: Optional[asyncio.AbstractEventLoop]) -> None:
+        self.calls: list[tuple] = []
+        self.errored = False
+        self.vllm_config = _config()
+        self.output_handler = SimpleNamespace(get_loop=lambda: loop) if loop else None
+
+    async def _call(self, *call: Any) -> bool:
+        await asyncio.sleep(0)
+        self.calls.append(call)
+        return True
+
+    async def start_weight_update(self) -> None:
+        await self._call("start_weight_update")
+
+    async def update_weights(self, request: Any) -> None:
+        await self._call("update_weights", request.update_info)
+
+    async def finish_weight_update(self, version: Optional[str]) -> None:
+        await self._call("finish_weight_update", version)
+
+    async def pause_generation(self, **options: Any) -> None:
+        await self._call("pause_generation", options)
+
+    async def resume_generation(self) -> None:
+        await self._call("resume_generation")
+
+    async def reset_prefix_cache(self, **options: Any) -> bool:
+        return await self._call("reset_prefix_cache", options)
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs on a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_async_llm_is_called_on_its_own_loop(loop: asyncio.AbstractEventLoop) -> None:
+    pytest.importorskip("vllm")
+    llm = FakeAsyncLLM(loop)
+    (engine,) = take_over([llm], 0, 1.0)
+    assert _drive(engine.client, "wait") == ("prefix",)
+    assert llm.calls == [
+        ("pause_generation", {"mode": "wait", "clear_cache": False}),
+        ("start_weight_update",),
+        ("update_weights", UPDATE),
+        ("finish_weight_update", "7"),
+        ("reset_prefix_cache", {"reset_running_requests": True, "reset_connector": True}),
+        ("resume_generation",),
+    ]
+    llm.errored = True
+    with pytest.raises(RuntimeError, match="dead"):
+        engine.check_alive()
+
+
+def test_async_llm_without_a_loop_is_refused() -> None:
+    with pytest.raises(errors.StateError, match="event loop") as caught:
+        take_over([FakeAsyncLLM(None)], 0, 1.0)
+    assert "inside of its event loop" in caught.value.remedy
+
+
+def test_sync_on_the_loop_of_the_engine_is_refused(library: FakeLibrary) -> None:
+    async def main() -> None:
+        llm = FakeAsyncLLM(asyncio.get_running_loop())
+        with Actor(model="m", rank=0, world_size=1, engines=[llm]) as actor:
+            actor.register({})
+            with pytest.raises(errors.StateError, match="would block the event loop") as caught:
+                actor.sync()
+            assert "to_thread" in caught.value.remedy
+            assert library.syncs[-1]["refuse"] == "BUSY", "the other ranks have to hear of it"
+
+    asyncio.run(main())
+
+
+class _Server(BaseHTTPRequestHandler):
+    """Answers as ``vllm serve`` and notes every request."""
+
+    requests: list[tuple]
+    answers: dict[str, tuple[int, Any]]
+
+    def do_POST(self) -> None:
+        """Answers one request."""
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length) or b"null")
+        self.requests.append((self.path, body))
+        status, answer = self.answers.get(self.path.split("?")[0], (200, {"message": "ok"}))
+        if status == 0:
+            self.connection.close()
+            return
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[SimpleNamespace]:
+    """A server with its ``url``, ``requests`` so far and ``answers`` by route."""
+    kind = type("Server", (_Server,), {"requests": [], "answers": {}})
+    kind.answers["/collective_rpc"] = (200, {"results": ["e7", "e7"]})
+    kind.answers["/reset_prefix_cache"] = (200, {"success": True})
+    http = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    yield SimpleNamespace(
+        url=f"http://127.0.0.1:{http.server_port}", requests=kind.requests, answers=kind.answers
+    )
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def test_server_gets_the_routes_of_its_development_mode(server: SimpleNamespace) -> None:
+    (engine,) = take_over([server.url + "/"], 0, 5.0)
+    assert server.requests == [("/init_weight_transfer_engine", {"init_info": {}})]
+    assert engine.label == server.url + "/"
+    server.requests.clear()
+    assert _drive(engine.client, "abort") == ("prefix",)
+    assert engine.name == "e7", "the instance name is asked anew in every pause"
+    assert server.requests == [
+        ("/pause?mode=abort&clear_cache=false", None),
+        ("/collective_rpc", {"method": "weightd_engine"}),
+        ("/start_weight_update", None),
+        ("/update_weights", {"update_info": UPDATE}),
+        ("/finish_weight_update", {"weight_version": "7"}),
+        ("/reset_prefix_cache?reset_running_requests=true&reset_external=true", None),
+        ("/reset_mm_cache", None),
+        ("/reset_encoder_cache", None),
+        ("/resume", None),
+    ]
+    engine.client.finish_weight_update(None)
+    assert server.requests[-1] == ("/finish_weight_update", None)
+
+
+def test_server_without_development_mode_is_told_what_to_set(server: SimpleNamespace) -> None:
+    server.answers["/init_weight_transfer_engine"] = (404, {"detail": "Not Found"})
+    with pytest.raises(errors.EngineError, match="no route") as caught:
+        take_over([server.url], 0, 5.0)
+    assert "VLLM_SERVER_DEV_MODE=1" in caught.value.remedy
+    assert caught.value.peer == f"engine {server.url}"
+
+
+def test_answers_of_a_server_become_the_text_of_the_error(server: SimpleNamespace) -> None:
+    (engine,) = take_over([server.url], 0, 5.0)
+    server.answers["/start_weight_update"] = (500, {"error": "already active"})
+    with pytest.raises(RuntimeError, match="POST /start_weight_update: 500 .*already active"):
+        engine.client.start_weight_update()
+    server.answers["/reset_prefix_cache"] = (200, {"success": False})
+    with pytest.raises(RuntimeError, match="did not reset"):
+        engine.client.reset_caches()
+    server.answers["/resume"] = (0, None)
+    with pytest.raises(OSError):
+        engine.client.resume()
+
+
+def test_server_that_is_not_there_is_named() -> None:
+    with pytest.raises(errors.EngineError, match="ConnectionRefused") as caught:
+        take_over(["http://127.0.0.1:9"], 0, 5.0)
+    assert caught.value.reason == "ENGINE_CALL" and caught.value.peer == "engine http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "unix:/x", "http://", "ftp://host"])
+def test_malformed_url_is_refused(url: str) -> None:
+    with pytest.raises(errors.LayoutError, match="http://HOST:PORT"):
+        take_over([url], 0, 1.0)
+
+
+class _Handle:
+    """A Ray handle: methods with ``remote``, only those that the actor has."""
+
+    def __init__(self, *methods: str) -> None:
+        self.calls: list[tuple] = []
+        for name in methods:
+            setattr(self, name, SimpleNamespace(remote=self._method(name)))
+
+    def _method(self, name: str) -> Any:
+        def remote(*args: Any, **kwargs: Any) -> tuple:
+            plain = [getattr(a, "update_info", getattr(a, "init_info", a)) for a in args]
+            self.calls.append((name, *plain, *([kwargs] if kwargs else [])))
+            return ("ref", ["e7"] if name == "collective_rpc" else True)
+
+        return remote
+
+
+_UPDATES = (
+    "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update",
+    "reset_prefix_cache", "collective_rpc",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("methods", "pause", "resume"),
+    [
+        (
+            ("pause_generation", "resume_generation", "reset_mm_cache"),
+            ("pause_generation", {"mode": "keep", "clear_cache": False}),
+            [("reset_mm_cache",), ("resume_generation",)],
+        ),
+        (
+            ("sleep", "wake_up"),
+            ("sleep", {"level": 0, "mode": "keep"}),
+            [("wake_up", {"tags": ["scheduling"]})],
+        ),
+    ],
+)
+def test_ray_handle_gets_the_calls_of_its_class(
+    monkeypatch: pytest.MonkeyPatch, methods: tuple, pause: tuple, resume: list
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda ref: ref[1]))
+    handle = _Handle(*_UPDATES, *methods)
+    (engine,) = take_over([handle], 0, 5.0)
+    assert handle.calls == [("init_weight_transfer_engine", {})]
+    assert _drive(engine.client, "keep") == ("prefix",)
+    assert handle.calls[1:] == [
+        pause,
+        ("collective_rpc", "weightd_engine"),
+        ("start_weight_update",),
+        ("update_weights", UPDATE),
+        ("finish_weight_update", "7"),
+        ("reset_prefix_cache", True, True),
+        *resume,
+    ]
+    assert engine.name == "e7"
+
+
+def test_engine_that_does_not_answer_is_given_up() -> None:
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            if name in ("engine", "check_alive", "check_caller"):
+                raise AttributeError(name)
+            return lambda *arguments: time.sleep(3)
+
+    with pytest.raises(errors.EngineError, match="within 0.1 s") as caught:
+        take_over({"slow": Slow()}, 0, 0.1)
+    assert caught.value.code == errors.DEADLINE_EXCEEDED and caught.value.peer == "engine slow"
+
+
+def test_what_is_no_engine_is_refused_with_what_would_be_one() -> None:
+    with pytest.raises(errors.UnsupportedError, match="no known kind: object") as caught:
+        take_over([object()], 0, 1.0)
+    assert "weightd.EngineClient" in caught.value.remedy
+    with pytest.raises(errors.LayoutError, match="neither a list nor a mapping") as refused:
+        take_over("http://127.0.0.1:8000", 0, 1.0)
+    assert "engines=[engine]" in refused.value.remedy
+
+
+def test_other_ranks_ignore_what_rank_0_drives_but_not_engines_of_their_own() -> None:
+    assert take_over(["http://127.0.0.1:9", _Handle(*_UPDATES)], 3, 1.0) == []
+    for engine in (FakeLLM(), FakeAsyncLLM(None)):
+        with pytest.raises(errors.UnsupportedError, match="rank=3") as caught:
+            take_over([engine], 3, 1.0)
+        assert "rank 0" in caught.value.remedy
+
+
+def test_actor_checks_its_options_before_it_connects(library: FakeLibrary) -> None:
+    with pytest.raises(errors.LayoutError, match="unknown pause mode") as caught:
+        Actor(model="m", rank=0, world_size=1, pause_mode="stop")  # type: ignore[arg-type]
+    assert "abort, wait, keep" in caught.value.remedy
+    assert library.calls == []
+
+
+def test_actor_is_closed_again_if_an_engine_refuses(library: FakeLibrary) -> None:
+    with pytest.raises(errors.UnsupportedError):
+        Actor(model="m", rank=0, world_size=1, engines=[object()])
+    assert library.calls[-1] == "close"
