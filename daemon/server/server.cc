@@ -117,17 +117,18 @@ Server::Server(Config config, std::shared_ptr<const LoaderRegistry> loaders,
       observer_(std::make_unique<Observer>(metrics_)),
       coordinator_(std::make_unique<Coordinator>(
           Coordinator::Config{SyncOptionsOf(config_), versions_->epoch(),
-                              config_.limits.max_tensors},
+                              config_.limits.max_tensors, config_.limits.max_sessions},
           std::move(loaders), *versions_, *observer_)),
-      supervisor_(
-          {config_.listen.socket, config_.RuntimeDir(), "host", config_.worker.threads,
-           config_.worker.peer_check, config_.runtime.log_level, config_.runtime.log_format},
-          config_.worker.restart_backoff, {[this](const std::string& device, const std::string&) {
-            metrics_.CountWorkerRestart(device);
-          }}),
-      actors_({*coordinator_, watcher_}),
-      engines_({*coordinator_, watcher_}),
-      workers_({*coordinator_, watcher_}, supervisor_),
+      supervisor_({config_.listen.socket, config_.RuntimeDir(), "host", config_.worker.threads,
+                   config_.worker.peer_check, config_.deadlines.registration,
+                   config_.runtime.log_level, config_.runtime.log_format},
+                  config_.worker.restart_backoff,
+                  {[this](const std::string& device, const std::string&) {
+                    metrics_.CountWorkerRestart(device);
+                  }}),
+      actors_({*coordinator_, watcher_, config_.limits.max_message_bytes}),
+      engines_({*coordinator_, watcher_, config_.limits.max_message_bytes}),
+      workers_({*coordinator_, watcher_, config_.limits.max_message_bytes}, supervisor_),
       admin_(*coordinator_, supervisor_, workers_) {}
 
 StatusOr<std::unique_ptr<Server>> Server::Create(const Config& config) {
