@@ -88,14 +88,15 @@ class Server::Observer : public SyncObserver {
     }
     metrics_.ObservePhase("total", static_cast<double>(total) * 1e-6);
     metrics_.AddTransferBytes("shm", report.bytes);
+    for (const ReplicaOutcome& replica : report.replicas) {
+      if (FieldsOf(replica.error).reason == reason::kVerifyMismatch) metrics_.CountVerifyMismatch();
+    }
     if (report.error.ok()) {
       const auto now = std::chrono::system_clock::now().time_since_epoch();
       metrics_.SetLastSuccess(model, std::chrono::duration<double>(now).count());
       return;
     }
-    const std::string reason = FieldsOf(report.error).reason;
-    metrics_.CountFailure(reason);
-    if (reason == reason::kVerifyMismatch) metrics_.CountVerifyMismatch();
+    metrics_.CountFailure(FieldsOf(report.error).reason);
   }
 
   void OnReplica(const std::string& model, const std::string& engine, int dp_rank,
@@ -175,6 +176,7 @@ Status Server::StartHttp() {
   if (config_.listen.http.empty()) return absl::OkStatus();
   HttpCallbacks callbacks;
   callbacks.ready = [this] {
+    if (admin_.draining()) return Readiness{false, "the daemon is draining"};
     const bool ready = coordinator_->HasWorker();
     return Readiness{ready, ready ? "" : "the worker of device host is not attached"};
   };
