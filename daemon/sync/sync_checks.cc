@@ -1,6 +1,7 @@
 // What a sync refuses, and how it compares digests. No waiting here.
 #include <algorithm>
 
+#include "daemon/base/failpoint.h"
 #include "daemon/layout/digest.h"
 #include "daemon/sync/sync_session.h"
 
@@ -89,6 +90,7 @@ Status SyncSession::CheckRequired() const {
 }
 
 Status SyncSession::CompareDigests(ReplicaRun& run) {
+  if (Mutated("blind_verify")) return absl::OkStatus();
   for (uint32_t i = 0; i < run.view.targets.size(); ++i) {
     const TargetDigests& source = run.source_digests[i];
     const TargetDigests& target = run.target_digests[i];
