@@ -68,6 +68,7 @@ int main(int argc, char** argv) {
   internal->add_option("--daemon", worker.daemon, "");
   internal->add_option("--socket", worker.socket_path, "");
   internal->add_option("--threads", worker.num_threads, "");
+  internal->add_option("--attach-deadline-ms", worker.attach_deadline_ms, "");
   internal->add_option("--log-level", worker.log_level, "");
   internal->add_option("--log-format", worker.log_format, "");
   internal->add_flag("!--no-peer-check", worker.check_peer, "");

@@ -67,6 +67,7 @@ inline constexpr char kEngineRefused[] = "ENGINE_REFUSED";
 inline constexpr char kNoEngine[] = "NO_ENGINE";
 inline constexpr char kNoPlan[] = "NO_PLAN";
 inline constexpr char kMessageTooLarge[] = "MESSAGE_TOO_LARGE";
+inline constexpr char kTooManySessions[] = "TOO_MANY_SESSIONS";
 inline constexpr char kSharedMemory[] = "SHARED_MEMORY";
 inline constexpr char kFileDescriptors[] = "FILE_DESCRIPTORS";
 inline constexpr char kSocket[] = "SOCKET";

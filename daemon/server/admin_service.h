@@ -19,6 +19,7 @@ class AdminService : public v1::AdminService::CallbackService {
                                     v1::GetPlanResponse* response) override;
 
   void SetDraining() { draining_ = true; }
+  bool draining() const { return draining_; }
 
  private:
   Coordinator& coordinator_;

@@ -55,11 +55,7 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
       case v1::EngineRequest::kHello:
         return OnHello(request.hello());
       case v1::EngineRequest::kParams:
-        for (const v1::ParamSpec& spec : request.params().params()) {
-          WEIGHTD_ASSIGN_OR_RETURN(ParamInfo param, FromProto(spec));
-          params_.push_back(std::move(param));
-        }
-        return absl::OkStatus();
+        return OnParams(request.params());
       case v1::EngineRequest::kRegister:
         return OnRegister(request.register_());
       case v1::EngineRequest::kQuiesced:
@@ -108,14 +104,30 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     *welcome->mutable_protocol() = OurProtocol();
     welcome->set_epoch(context_.coordinator.epoch());
     welcome->set_daemon_version(kVersion);
-    welcome->set_max_message_bytes(kMaxMessageBytes);
+    welcome->set_max_message_bytes(context_.max_message_bytes);
     Send(std::move(event));
     return absl::OkStatus();
+  }
+
+  Status OnParams(const v1::ParamsPage& page) {
+    if (refused_) return absl::OkStatus();
+    const Status status = AppendParams(page);
+    refused_ = !status.ok();
+    return status;
+  }
+
+  Status AppendParams(const v1::ParamsPage& page) {
+    for (const v1::ParamSpec& spec : page.params()) {
+      WEIGHTD_ASSIGN_OR_RETURN(ParamInfo param, FromProto(spec));
+      params_.push_back(std::move(param));
+    }
+    return context_.coordinator.CheckCount(params_.size());
   }
 
   Status OnRegister(const v1::EngineRegister& request) {
     std::vector<ParamInfo> params;
     std::swap(params, params_);
+    if (std::exchange(refused_, false)) return absl::OkStatus();  // a page was: the client knows
     if (params.size() != request.num_params()) {
       return Error(
           StatusCode::kInvalidArgument, reason::kProtocol, "use the client library of this release",
@@ -152,6 +164,7 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
   uint64_t watch_ = 0;
   int num_ranks_ = 1;
   bool orderly_ = false;
+  bool refused_ = false;  // a page of parameters was: the rest of this registration is skipped
   std::vector<ParamInfo> params_;
 };
 

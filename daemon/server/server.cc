@@ -88,14 +88,15 @@ class Server::Observer : public SyncObserver {
     }
     metrics_.ObservePhase("total", static_cast<double>(total) * 1e-6);
     metrics_.AddTransferBytes("shm", report.bytes);
+    for (const ReplicaOutcome& replica : report.replicas) {
+      if (FieldsOf(replica.error).reason == reason::kVerifyMismatch) metrics_.CountVerifyMismatch();
+    }
     if (report.error.ok()) {
       const auto now = std::chrono::system_clock::now().time_since_epoch();
       metrics_.SetLastSuccess(model, std::chrono::duration<double>(now).count());
       return;
     }
-    const std::string reason = FieldsOf(report.error).reason;
-    metrics_.CountFailure(reason);
-    if (reason == reason::kVerifyMismatch) metrics_.CountVerifyMismatch();
+    metrics_.CountFailure(FieldsOf(report.error).reason);
   }
 
   void OnReplica(const std::string& model, const std::string& engine, int dp_rank,
@@ -117,17 +118,18 @@ Server::Server(Config config, std::shared_ptr<const LoaderRegistry> loaders,
       observer_(std::make_unique<Observer>(metrics_)),
       coordinator_(std::make_unique<Coordinator>(
           Coordinator::Config{SyncOptionsOf(config_), versions_->epoch(),
-                              config_.limits.max_tensors},
+                              config_.limits.max_tensors, config_.limits.max_sessions},
           std::move(loaders), *versions_, *observer_)),
-      supervisor_(
-          {config_.listen.socket, config_.RuntimeDir(), "host", config_.worker.threads,
-           config_.worker.peer_check, config_.runtime.log_level, config_.runtime.log_format},
-          config_.worker.restart_backoff, {[this](const std::string& device, const std::string&) {
-            metrics_.CountWorkerRestart(device);
-          }}),
-      actors_({*coordinator_, watcher_}),
-      engines_({*coordinator_, watcher_}),
-      workers_({*coordinator_, watcher_}, supervisor_),
+      supervisor_({config_.listen.socket, config_.RuntimeDir(), "host", config_.worker.threads,
+                   config_.worker.peer_check, config_.deadlines.registration,
+                   config_.runtime.log_level, config_.runtime.log_format},
+                  config_.worker.restart_backoff,
+                  {[this](const std::string& device, const std::string&) {
+                    metrics_.CountWorkerRestart(device);
+                  }}),
+      actors_({*coordinator_, watcher_, config_.limits.max_message_bytes}),
+      engines_({*coordinator_, watcher_, config_.limits.max_message_bytes}),
+      workers_({*coordinator_, watcher_, config_.limits.max_message_bytes}, supervisor_),
       admin_(*coordinator_, supervisor_, workers_) {}
 
 StatusOr<std::unique_ptr<Server>> Server::Create(const Config& config) {
@@ -174,6 +176,7 @@ Status Server::StartHttp() {
   if (config_.listen.http.empty()) return absl::OkStatus();
   HttpCallbacks callbacks;
   callbacks.ready = [this] {
+    if (admin_.draining()) return Readiness{false, "the daemon is draining"};
     const bool ready = coordinator_->HasWorker();
     return Readiness{ready, ready ? "" : "the worker of device host is not attached"};
   };

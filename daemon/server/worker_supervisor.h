@@ -22,6 +22,7 @@ struct WorkerCommandLine {
   std::string device;         ///< "host" or a GPU UUID
   uint64_t threads = 0;       ///< 0 = one per core
   bool peer_check = true;
+  milliseconds attach_deadline{10'000};
   std::string log_level;
   std::string log_format;
 };

@@ -97,6 +97,7 @@ class Coordinator {
     SyncOptions sync;
     uint64_t epoch = 0;
     uint64_t max_tensors = 1'000'000;
+    uint64_t max_sessions = 4096;
   };
   Coordinator(Config config, std::shared_ptr<const LoaderRegistry> loaders, VersionStore& store,
               SyncObserver& observer);
@@ -104,13 +105,16 @@ class Coordinator {
   ~Coordinator();
 
   // ---- trainer ranks
-  /// \error DUPLICATE_RANK, WORLD_SIZE, FENCED (see Model::JoinGroup), UNAVAILABLE DRAINING
+  /// \error DUPLICATE_RANK, WORLD_SIZE, FENCED (see Model::JoinGroup), UNAVAILABLE DRAINING,
+  /// RESOURCE_EXHAUSTED TOO_MANY_SESSIONS
   StatusOr<std::shared_ptr<ActorSession>> JoinActor(const ActorIdentity& identity,
                                                     std::shared_ptr<ActorPort> port);
   /// Must the rank send its table? False if the group has one with this digest.
   bool WantsTable(const ActorSession& session, const std::string& digest);
-  /// \error INVALID_ARGUMENT DUPLICATE_TENSOR, TABLE_MISMATCH naming the first difference,
-  /// RESOURCE_EXHAUSTED
+  /// A client describes this many tensors or parameters, so far.
+  /// \error RESOURCE_EXHAUSTED MESSAGE_TOO_LARGE
+  Status CheckCount(size_t count) const;
+  /// \error INVALID_ARGUMENT DUPLICATE_TENSOR, TABLE_MISMATCH naming the first difference
   StatusOr<WorkerEndpoint> RegisterActor(ActorSession& session, const std::string& digest,
                                          std::optional<TensorTable> table, RankShards shards);
   void RequestSync(ActorSession& session, SyncRequest request);
@@ -118,6 +122,7 @@ class Coordinator {
   void LeaveActor(ActorSession& session, const Status& cause);
 
   // ---- engine ranks
+  /// \error DUPLICATE_RANK, UNAVAILABLE DRAINING, RESOURCE_EXHAUSTED TOO_MANY_SESSIONS
   StatusOr<std::shared_ptr<EngineSession>> JoinEngine(const EngineIdentity& identity,
                                                       std::shared_ptr<EnginePort> port);
   /// \error UNKNOWN_ARCHITECTURE, UNKNOWN_PROFILE, CONFIG, DUPLICATE_TENSOR
@@ -172,6 +177,7 @@ class Coordinator {
   friend struct ModelRoom;
 
   ModelRoom& RoomFor(const std::string& model);
+  Status CheckJoin() const;
   WorkerEndpoint AddMember(ModelRoom& room, const std::string& label, bool writable);
   void RemoveMember(MemberId member);
   void Post(ModelRoom& room, const Event& event);
@@ -203,6 +209,7 @@ class Coordinator {
   std::shared_ptr<WorkerPort> worker_;
   uint64_t next_member_ = 1;
   uint64_t next_attempt_ = 1;
+  uint64_t sessions_ = 0;
   bool draining_ = false;
   bool stopping_ = false;
 };

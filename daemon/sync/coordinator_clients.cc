@@ -1,4 +1,5 @@
 // The coordinator's dealings with clients: joining, registering, leaving.
+#include <algorithm>
 #include <random>
 #include <unordered_set>
 
@@ -30,12 +31,35 @@ Status CheckUnique(const Items& items, const char* what) {
 
 }  // namespace
 
-StatusOr<std::shared_ptr<ActorSession>> Coordinator::JoinActor(const ActorIdentity& identity,
-                                                               std::shared_ptr<ActorPort> port) {
-  const std::lock_guard lock(mu_);
+// Whether one more client may join. \pre locked
+Status Coordinator::CheckJoin() const {
   if (draining_) {
     return Error(StatusCode::kUnavailable, reason::kDraining, "connect again after its restart",
                  "the daemon is shutting down");
+  }
+  if (sessions_ < config_.max_sessions) return absl::OkStatus();
+  return Error(StatusCode::kResourceExhausted, reason::kTooManySessions,
+               "raise limits.max_sessions in the daemon's configuration, or stop other clients",
+               "too many trainer and engine ranks are connected: limit={}", config_.max_sessions);
+}
+
+Status Coordinator::CheckCount(size_t count) const {
+  if (count <= config_.max_tensors) return absl::OkStatus();
+  return Error(StatusCode::kResourceExhausted, reason::kMessageTooLarge,
+               "raise limits.max_tensors in the daemon's configuration",
+               "too many tensors or parameters: limit={}", config_.max_tensors);
+}
+
+StatusOr<std::shared_ptr<ActorSession>> Coordinator::JoinActor(const ActorIdentity& identity,
+                                                               std::shared_ptr<ActorPort> port) {
+  const std::lock_guard lock(mu_);
+  WEIGHTD_RETURN_IF_ERROR(CheckJoin());
+  if (static_cast<uint64_t>(std::max(identity.world_size, 0)) > config_.max_sessions) {
+    return Error(StatusCode::kInvalidArgument, reason::kWorldSize,
+                 "pass the world size of the trainer, or raise limits.max_sessions in the daemon's "
+                 "configuration",
+                 "world size is beyond the daemon's limit: world_size={} limit={}",
+                 identity.world_size, config_.max_sessions);
   }
   ModelRoom& room = RoomFor(identity.model);
   auto session = std::make_shared<ActorSession>();
@@ -45,6 +69,7 @@ StatusOr<std::shared_ptr<ActorSession>> Coordinator::JoinActor(const ActorIdenti
   session->identity = identity;
   session->port = std::move(port);
   session->room = &room;
+  ++sessions_;
   return session;
 }
 
@@ -60,12 +85,6 @@ Status Coordinator::CheckTable(const ActorGroup& group, const std::string& diges
     if (group.table != nullptr && group.table_digest == digest) return absl::OkStatus();
     return Error(StatusCode::kInvalidArgument, reason::kProtocol,
                  "use the client library of this release", "{} registered without a table", label);
-  }
-  if (table->size() > config_.max_tensors) {
-    return Error(StatusCode::kResourceExhausted, reason::kMessageTooLarge,
-                 "raise limits.max_tensors in the daemon's configuration",
-                 "too many tensors: {} registers {}, the limit is {}", label, table->size(),
-                 config_.max_tensors);
   }
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(*table, "tensor"));
   const bool alone = group.registered() == 0;
@@ -143,15 +162,13 @@ void Coordinator::LeaveActor(ActorSession& session, const Status& cause) {
   if (session.member != MemberId::kNone) RemoveMember(session.member);
   session.room->model.LeaveGroup(session.group, session.identity.rank);
   session.room = nullptr;
+  --sessions_;
 }
 
 StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIdentity& identity,
                                                                  std::shared_ptr<EnginePort> port) {
   const std::lock_guard lock(mu_);
-  if (draining_) {
-    return Error(StatusCode::kUnavailable, reason::kDraining, "connect again after its restart",
-                 "the daemon is shutting down");
-  }
+  WEIGHTD_RETURN_IF_ERROR(CheckJoin());
   ModelRoom& room = RoomFor(identity.model);
   auto session = std::make_shared<EngineSession>();
   WEIGHTD_ASSIGN_OR_RETURN(
@@ -160,6 +177,7 @@ StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIde
   session->identity = identity;
   session->port = std::move(port);
   session->room = &room;
+  ++sessions_;
   return session;
 }
 
@@ -221,6 +239,7 @@ void Coordinator::LeaveEngine(EngineSession& session, const Status& cause) {
                                    cause.ok() ? absl::OkStatus() : event.status);
   Observe(*session.room, *session.replica);
   session.room = nullptr;
+  --sessions_;
 }
 
 WorkerEndpoint Coordinator::AddMember(ModelRoom& room, const std::string& label, bool writable) {

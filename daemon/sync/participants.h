@@ -61,7 +61,8 @@ struct ResolvedReplica {
   std::string loader;      ///< origin of the rule file
   std::string layout_key;  ///< equal for replicas with equal layouts, whose digests are comparable
   std::vector<std::shared_ptr<const RankLayout>> layouts;  ///< in (pp, tp) order
-  std::vector<uint32_t> skipped;                           ///< source tensors that a rule skips
+  std::vector<size_t> num_tensors;  ///< per layout: source tensors that it reads
+  std::vector<uint32_t> skipped;    ///< source tensors that a rule skips
 };
 
 /// What it takes to sync one group into one replica; cached, replayed at every sync.

@@ -9,6 +9,15 @@ std::string Hex(std::span<const uint8_t> bytes) {
   return fmt::format("{:02x}", fmt::join(bytes, ""));
 }
 
+/// How many of a table's tensors a layout reads.
+size_t NumTensors(const RankLayout& layout, size_t table_size) {
+  std::vector<bool> read(table_size);
+  for (const Write& write : layout.writes) {
+    if (!write.zero_fill) read[write.tensor] = true;
+  }
+  return static_cast<size_t>(std::count(read.begin(), read.end(), true));
+}
+
 }  // namespace
 
 std::string LayoutKey(const ReplicaView& replica) {
@@ -55,6 +64,7 @@ StatusOr<std::shared_ptr<const ResolvedReplica>> PlanCache::Resolve(const GroupV
   for (const TargetView& target : replica.targets) {
     StatusOr<RankLayout> layout = bound->Lower(target.rank->coordinates, target.rank->params);
     if (!layout.ok()) return WithRank(layout.status(), target.rank->label);
+    resolved->num_tensors.push_back(NumTensors(*layout, group.table->size()));
     resolved->layouts.push_back(std::make_shared<const RankLayout>(*std::move(layout)));
   }
   on_compiled_(static_cast<double>(MicrosSince(start)) * 1e-6);

@@ -12,6 +12,7 @@ struct WorkerOptions {
   std::string token;        ///< proves that this is the daemon's child
   std::string socket_path;  ///< where clients attach
   int num_threads = 0;      ///< that copy; 0 = the cores, at most 8
+  int64_t attach_deadline_ms = 10'000;  ///< from a connection until the client is known
   std::string log_level = "info";
   std::string log_format = "text";
   bool check_peer = true;  ///< refuse clients of other users

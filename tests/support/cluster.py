@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -44,11 +45,12 @@ class Cluster:
         address: of the daemon's control plane.
     """
 
-    def __init__(self, settings: str = "") -> None:
+    def __init__(self, settings: str = "", ports: bool = False) -> None:
         """Starts the daemon.
 
         Args:
             settings: TOML appended to the configuration, whole sections.
+            ports: serve TCP and HTTP, too, on ports that the system chooses; see `port`.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="weightd-e2e-")
         self.folder = Path(self._folder.name)
@@ -56,7 +58,9 @@ class Cluster:
         self.address = f"unix:{self._socket}"
         self._engines: list[EngineProcess] = []
         self._daemon: Optional[subprocess.Popen] = None
-        config = f'[listen]\nsocket = "{self._socket}"\ntcp = ""\nhttp = ""\n\n'
+        endpoint = "127.0.0.1:0" if ports else ""
+        config = f'[listen]\nsocket = "{self._socket}"\n'
+        config += f'tcp = "{endpoint}"\nhttp = "{endpoint}"\n\n'
         config += f'[runtime]\nruntime_dir = "{self.folder}"\nlog_level = "debug"\n\n{settings}'
         (self.folder / "weightd.toml").write_text(config, encoding="utf-8")
         try:
@@ -70,6 +74,17 @@ class Cluster:
         """Process id of the running daemon."""
         assert self._daemon is not None
         return self._daemon.pid
+
+    def port(self, kind: str) -> int:
+        """Port of the running daemon; ``kind`` is ``tcp`` or ``http``."""
+        deadline = time.monotonic() + _START_SECONDS
+        pattern = re.compile(rf"serves: .*\b{kind}_port=(\d+)")
+        while True:
+            found = pattern.findall((self.folder / "daemon.log").read_text(errors="replace"))
+            if found:
+                return int(found[-1])
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.02)
 
     def start_daemon(self) -> None:
         """Starts the daemon and waits until it takes connections.

@@ -16,7 +16,7 @@ GroupError         WORLD_SIZE DUPLICATE_RANK                                    
 FencedError        FENCED                                                               10
 UnavailableError   PEER_LOST WORKER_LOST DAEMON_LOST DRAINING SOCKET                    14
 DeadlineError      DEADLINE                                                             4
-ResourceError      MESSAGE_TOO_LARGE FILE_DESCRIPTORS                                   8
+ResourceError      MESSAGE_TOO_LARGE FILE_DESCRIPTORS TOO_MANY_SESSIONS                 8
 SharedMemoryError  SHARED_MEMORY (a ResourceError)
 ProtocolError      PROTOCOL_VERSION PROTOCOL
 VerifyError        VERIFY_MISMATCH
@@ -197,7 +197,9 @@ _BY_REASON: dict[str, type[Error]] = {
         ("PEER_LOST", "WORKER_LOST", "DAEMON_LOST", "DRAINING", "SOCKET"), UnavailableError
     ),
     "DEADLINE": DeadlineError,
-    **dict.fromkeys(("MESSAGE_TOO_LARGE", "FILE_DESCRIPTORS"), ResourceError),
+    **dict.fromkeys(
+        ("MESSAGE_TOO_LARGE", "FILE_DESCRIPTORS", "TOO_MANY_SESSIONS"), ResourceError
+    ),
     "SHARED_MEMORY": SharedMemoryError,
     **dict.fromkeys(("PROTOCOL_VERSION", "PROTOCOL"), ProtocolError),
     "VERIFY_MISMATCH": VerifyError,

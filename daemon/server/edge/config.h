@@ -49,7 +49,7 @@ struct DeadlinesConfig {
   std::chrono::milliseconds transfer{15000};
   std::chrono::milliseconds verify{15000};
   std::chrono::milliseconds commit{15000};
-  std::chrono::milliseconds registration{10000};  ///< key "register": from hello to registered
+  std::chrono::milliseconds registration{10000};  ///< key "register": until a worker knows a client
   std::chrono::milliseconds drain{30000};  ///< from SIGTERM to the cancelling of running syncs
   bool operator==(const DeadlinesConfig&) const = default;
 };

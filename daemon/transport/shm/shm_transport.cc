@@ -10,6 +10,7 @@
 #include "daemon/device/host/box_copy.h"
 #include "daemon/device/host/digest.h"
 #include "daemon/transport/shm/block_item.h"
+#include "daemon/transport/shm/mutate.h"
 
 namespace weightd {
 namespace {
@@ -187,6 +188,7 @@ void ShmTransport::Step::RunItem(const BlockItem& item) {
 }
 
 void ShmTransport::Step::RunItems() {
+  if (copies_) MutateItems(items_);
   if (item_bytes_ < kInlineBytes) {
     for (const BlockItem& item : items_) RunItem(item);
   } else {
@@ -348,6 +350,7 @@ RankDigests ShmTransport::Step::TakeDigests() const {
   digests.tensors = tensors_;
   digests.words.reserve(words_.size());
   for (const std::atomic<uint64_t>& word : words_) digests.words.push_back(word.load());
+  MutateDigests(digests);
   return digests;
 }
 

@@ -166,6 +166,7 @@ StatusOr<std::shared_ptr<const ReplicaPlan>> SyncFixture::PlanFor(const GroupVie
   auto resolved = std::make_shared<ResolvedReplica>();
   resolved->layout_key = "layout";
   resolved->layouts = {layout};
+  resolved->num_tensors = {1};
   auto worker = std::make_shared<WorkerPlan>();
   worker->handle = 1;
   worker->digest = compiled.digest;

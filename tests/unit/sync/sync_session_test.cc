@@ -58,6 +58,17 @@ TEST_CASE("a worker that skips a tensor in its digests is noticed") {
   CHECK(FieldsOf(fixture.Sync(1).error).reason == reason::kVerifyMismatch);
 }
 
+TEST_CASE("a worker that leaves a tensor out of both of its digests is noticed") {
+  SyncFixture fixture;
+  fixture.script.on_step = [&](const StepCommand& command) {
+    Event event{.kind = Event::Kind::kStepDone, .attempt = command.attempt, .step = command.step};
+    event.touched = true;
+    event.digests = {{0, {}, {0}}};
+    fixture.mailbox.Post(std::move(event));
+  };
+  CHECK(FieldsOf(fixture.Sync(1).error).reason == reason::kVerifyMismatch);
+}
+
 TEST_CASE("a layout error refuses the sync before anything is prepared") {
   SyncFixture fixture(2);
   fixture.resolve_error =
@@ -109,6 +120,17 @@ TEST_CASE("an engine that does not answer Prepare is named at the deadline and l
   CHECK(FieldsOf(report.error).phase == "prepare");
   CHECK(fixture.outcomes == Strings{"engine e0: untouched"});
   CHECK(fixture.replicas[0]->state == ReplicaState::kRegistered);
+}
+
+TEST_CASE("an engine that does not publish is not acknowledged, and is poisoned") {
+  SyncFixture fixture;
+  fixture.script.on_commit = [](MemberId, AttemptId) {};
+  const SyncReport report = fixture.Sync(1);
+  CHECK(report.error.code() == StatusCode::kDeadlineExceeded);
+  CHECK(FieldsOf(report.error).peer == "engine e0");
+  CHECK(FieldsOf(report.error).phase == "commit");
+  CHECK(fixture.outcomes == Strings{"engine e0: POISONED"});
+  CHECK(fixture.ledger.highest() == 0);
 }
 
 TEST_CASE("a worker that never answers is killed before the report: that is the fence") {
