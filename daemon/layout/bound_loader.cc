@@ -32,10 +32,6 @@ Status CheckCoordinates(const EngineCoordinates& at) {
                at.pp_rank, at.pp_size, at.ep_rank, at.ep_size);
 }
 
-bool Written(const ParamInfo& param) {
-  return param.alias_of.empty() && param.kind != ParamKind::kOpaque;
-}
-
 class BoundLoaderImpl final : public BoundLoader {
  public:
   BoundLoaderImpl(BoundRules rules, std::span<const ParamInfo> reported)

@@ -184,8 +184,8 @@ StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIde
 StatusOr<WorkerEndpoint> Coordinator::RegisterEngine(EngineSession& session,
                                                      const EngineModel& model,
                                                      std::vector<ParamInfo> params) {
-  WEIGHTD_RETURN_IF_ERROR(loaders_->Find(model.architecture, model.profile).status());
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(params, "parameter"));
+  WEIGHTD_RETURN_IF_ERROR(loaders_->CheckProfile(model.architecture, model.profile, params));
   if (!model.commit_mode.empty() && model.commit_mode != "in_place") {
     return Error(StatusCode::kInvalidArgument, reason::kConfig, "use commit_mode \"in_place\"",
                  "commit mode is not supported: {}", model.commit_mode);

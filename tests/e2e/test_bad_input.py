@@ -336,6 +336,24 @@ def test_unknown_architecture_names_the_nearest(cluster: Cluster, model: str) ->
     assert "nearest" in str(caught.value) and caught.value.remedy
 
 
+def test_names_of_another_profile_are_refused_with_the_one_that_fits(
+    cluster: Cluster, model: str
+) -> None:
+    name = "model.layers.0.self_attn.fused_qkv_a_proj.weight"
+    with pytest.raises(errors.LayoutError) as caught:
+        EngineRank(
+            cluster.address,
+            model=model,
+            engine="e0",
+            architecture="DeepseekV2ForCausalLM",
+            config={"model_type": "deepseek_v2"},
+            params={name: torch.zeros(4)},
+            profile="vllm-0.6.3",
+        )
+    assert (caught.value.reason, caught.value.tensor) == ("UNKNOWN_PROFILE", name)
+    assert "vllm-0.32" in caught.value.remedy
+
+
 def test_parameter_without_a_rule_is_refused(cluster: Cluster, model: str) -> None:
     extra = {"model.layers.0.mystery.weight": torch.zeros(4, dtype=torch.bfloat16)}
     with _Engine(cluster, model, extra=extra) as engine, Actor(
