@@ -125,6 +125,7 @@ int RunWorker(const WorkerOptions& options) {
   WorkerCore::Options core_options;
   core_options.members.socket_path = options.socket_path;
   core_options.members.check_peer = options.check_peer;
+  core_options.device = options.device;
   core_options.num_threads = options.num_threads;
   StatusOr<std::unique_ptr<WorkerCore>> core = WorkerCore::Create(
       core_options, std::make_unique<ShmTransport>(ShmOptions{.num_threads = options.num_threads}),
