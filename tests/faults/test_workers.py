@@ -157,6 +157,22 @@ def test_engine_catches_up_from_the_copy_that_other_workers_kept(tmp_path: Path)
         scene.assert_serving(1, ("e1",))
 
 
+def test_replicas_on_several_devices_are_compared_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    with Scene(tmp_path, devices=DEVICES) as scene:
+        scene.start_actors()
+        scene.start_engine()
+        for rank, actor in scene.actors.items():  # both hold all of the vectors
+            actor.begin("sync", version=1, content=rank + 1)
+        for actor in scene.actors.values():
+            answer = actor.answer()
+            assert (answer["ack"], answer["reason"]) == (None, "REPLICAS_DIFFER"), answer
+            assert (answer["rank"], answer["phase"]) == ("actor 1", "prepare"), answer
+        assert scene.engine_status()["state"] == "REGISTERED"
+        scene.sync_ok(1)
+
+
 def test_device_that_no_worker_serves_is_refused_by_name(tmp_path: Path) -> None:
     with _ready(tmp_path) as scene:
         late = scene.begin_engine(0, "e1", "host.7")
