@@ -80,7 +80,8 @@ StatusOr<std::unique_ptr<ActorClient>> OpenActor(const weightd_actor_options& op
                             .group = options.group,
                             .group_order = options.group_order,
                             .rank = static_cast<uint32_t>(options.rank),
-                            .world_size = static_cast<uint32_t>(options.world_size)});
+                            .world_size = static_cast<uint32_t>(options.world_size),
+                            .device = Text(options.device)});
   const Status opened = session->Open();
   if (opened.ok()) return session;
   session->Close();
@@ -117,7 +118,8 @@ StatusOr<std::unique_ptr<EngineClient>> OpenEngine(const weightd_engine_options&
                                                   .profile = Text(options.profile),
                                                   .config_json = Text(options.config_json),
                                                   .commit_mode = mode.empty() ? "in_place" : mode,
-                                                  .auto_quiesce = options.auto_quiesce != 0});
+                                                  .auto_quiesce = options.auto_quiesce != 0,
+                                                  .device = Text(options.device)});
   const Status opened = session->Open();
   if (opened.ok()) return session;
   session->Close();

@@ -60,6 +60,7 @@ Status BindSources(const LoadedPlan& plan, const PinnedMembers& pinned, BoundPla
   bound->shards = in.shards;
   bound->sources.assign(in.shards.size(), {});
   for (size_t rank = 0; rank < in.shards.size(); ++rank) {
+    if (!plan.own_sources[rank]) continue;
     const PinnedMembers::Entry* entry = pinned.Find(in.sources[rank]);
     WEIGHTD_CHECK(entry != nullptr);
     const RankShards& shards = in.shards[rank];

@@ -27,7 +27,8 @@ class WorkerCore {
  public:
   struct Options {
     MemberTable::Options members;
-    int num_threads = 0;  ///< of catch-up; 0 = the cores, at most 8
+    std::string device = kHostDevice;  ///< of the memory that this worker serves
+    int num_threads = 0;               ///< of catch-up; 0 = the cores, at most 8
   };
 
   /// `report` takes everything that the daemon must hear, from several threads, until the
@@ -52,14 +53,15 @@ class WorkerCore {
     Status error;  ///< of an earlier page
   };
 
-  WorkerCore(std::unique_ptr<MemberTable> members, std::unique_ptr<Transport> transport,
-             int num_threads, ReportFn report);
+  WorkerCore(const Options& options, std::unique_ptr<MemberTable> members,
+             std::unique_ptr<Transport> transport, ReportFn report);
   void Cancel(const v1::AttemptId& attempt);
   void RunJobs();
   void RunJob(Job* job);
   void AddPlanPage(const v1::PlanPage& page);
 
   const ReportFn report_;
+  const std::string device_;
   const std::unique_ptr<MemberTable> members_;
   const std::unique_ptr<Transport> transport_;
 

@@ -126,6 +126,7 @@ int RunWorker(const WorkerOptions& options) {
   core_options.members.socket_path = options.socket_path;
   core_options.members.check_peer = options.check_peer;
   core_options.members.attach_deadline = milliseconds(options.attach_deadline_ms);
+  core_options.device = options.device;
   core_options.num_threads = options.num_threads;
   StatusOr<std::unique_ptr<WorkerCore>> core = WorkerCore::Create(
       core_options, std::make_unique<ShmTransport>(ShmOptions{.num_threads = options.num_threads}),

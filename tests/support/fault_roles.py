@@ -73,10 +73,13 @@ class TrainerRank:
         rank: int,
         world_size: int,
         staged: bool = False,
+        device: Optional[str] = None,
     ) -> None:
         """Opens the session and registers the shards; ``staged`` lends no memory."""
         self._place = (rank, world_size)
-        self._actor = Actor(address, model=model, group=group, rank=rank, world_size=world_size)
+        self._actor = Actor(
+            address, model=model, group=group, rank=rank, world_size=world_size, device=device
+        )
         if staged:
             return
         self._source = self._shards(0)
@@ -143,7 +146,15 @@ class ServingRank:
         self._place = (0, 1)
         self._params: dict[str, torch.Tensor] = {}
 
-    def register(self, address: str, model: str, engine: str, tp_rank: int, tp_size: int) -> None:
+    def register(
+        self,
+        address: str,
+        model: str,
+        engine: str,
+        tp_rank: int,
+        tp_size: int,
+        device: Optional[str] = None,
+    ) -> None:
         """Opens the rank with poisoned parameters."""
         self._place = (tp_rank, tp_size)
         like = expected_params(CONFIG, canaries(0), tp_rank, tp_size, torch.float32)
@@ -159,6 +170,7 @@ class ServingRank:
             params=self._params,
             tp_rank=tp_rank,
             tp_size=tp_size,
+            device=device,
         )
 
     def state(self) -> dict[str, Any]:

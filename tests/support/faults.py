@@ -20,7 +20,7 @@ SURVIVOR_SECONDS = 5.0
 _POLL_SECONDS = 0.01
 _HIT_SECONDS = 20.0
 _SETTLE_SECONDS = 15.0
-_SETTINGS = '[worker]\nthreads = 1\n\n[limits]\nwindow_bytes = "4KiB"\n\n'
+_SETTINGS = '[limits]\nwindow_bytes = "4KiB"\n\n[worker]\nthreads = 1\n'
 WORLD_SIZE = 2
 TP_SIZE = 2
 
@@ -89,11 +89,24 @@ class Scene:
 
     model = "m"
 
-    def __init__(self, folder: Path, settings: str = "") -> None:
+    def __init__(
+        self, folder: Path, settings: str = "", devices: tuple[str, ...] = ("host",)
+    ) -> None:
+        """Starts the daemon.
+
+        Args:
+            folder: of the failpoints.
+            settings: TOML appended to the configuration, whole sections.
+            devices: that the daemon serves, one worker each. Trainer rank i and, from the end,
+                engine rank i have their memory on the i-th of them.
+        """
+        self.devices = devices
         self.points = Failpoints(folder / "points")
         os.environ["WEIGHTD_FAILPOINT_DIR"] = str(self.points.folder)
         try:
-            self.cluster = Cluster(_SETTINGS + settings)
+            self.cluster = Cluster(
+                f"{_SETTINGS}devices = {json.dumps(devices)}\n\n{settings}"
+            )
         finally:
             del os.environ["WEIGHTD_FAILPOINT_DIR"]
         self.actors: dict[int, Player] = {}
@@ -132,6 +145,7 @@ class Scene:
             rank=rank,
             world_size=WORLD_SIZE,
             staged=staged,
+            device=self.devices[rank % len(self.devices)],
         )
         return actor
 
@@ -141,8 +155,10 @@ class Scene:
         for rank in ranks:
             rank.answer()
 
-    def begin_engine(self, tp_rank: int, engine: str = "e0") -> Player:
-        """Starts one rank of an engine, which then registers."""
+    def begin_engine(
+        self, tp_rank: int, engine: str = "e0", device: Optional[str] = None
+    ) -> Player:
+        """Starts one rank of an engine, which then registers; its memory lies as `Scene` says."""
         player = self._player(f"engine {engine} tp {tp_rank}", "engine")
         self.engines[engine, tp_rank] = player
         player.begin(
@@ -152,6 +168,7 @@ class Scene:
             engine=engine,
             tp_rank=tp_rank,
             tp_size=TP_SIZE,
+            device=device or self.devices[(tp_rank - TP_SIZE) % len(self.devices)],
         )
         return player
 
@@ -227,15 +244,15 @@ class Scene:
         """Ranks of the current trainer group that are registered."""
         return int(self.model_status().get("actors", {}).get("registered", 0))
 
-    def worker(self) -> dict[str, Any]:
-        """The worker as the daemon shows it."""
-        workers = self.status()["workers"]
+    def worker(self, device: str = "host") -> dict[str, Any]:
+        """The worker of a device as the daemon shows it."""
+        workers = [worker for worker in self.status()["workers"] if worker["device"] == device]
         return workers[0] if workers else {}
 
-    def worker_pid(self) -> int:
-        """Process id of the attached worker; waits for one."""
-        poll("a worker is attached", lambda: bool(self.worker().get("attached")))
-        pid = int(self.worker()["pid"])
+    def worker_pid(self, device: str = "host") -> int:
+        """Process id of the device's attached worker; waits for one."""
+        poll("a worker is attached", lambda: bool(self.worker(device).get("attached")))
+        pid = int(self.worker(device)["pid"])
         self._pids.add(pid)
         return pid
 
@@ -282,11 +299,14 @@ class Scene:
             assert now == before
 
     def assert_sockets(self) -> None:
-        """The runtime folder has the daemon's socket and its living worker's, and no other."""
-        self.worker_pid()
-        names = sorted(path.name for path in self.cluster.folder.glob("*.sock"))
-        assert len(names) == 2 and names[0] == "weightd.sock", names
-        assert names[1].startswith(f"worker-host-{self.cluster.daemon_pid}-"), names
+        """The runtime folder has the daemon's socket and its living workers', and no other."""
+        for device in self.devices:
+            self.worker_pid(device)
+        names = {path.name for path in self.cluster.folder.glob("*.sock")}
+        assert "weightd.sock" in names and len(names) == 1 + len(self.devices), names
+        for device in self.devices:
+            start = f"worker-{device}-{self.cluster.daemon_pid}-"
+            assert any(name.startswith(start) for name in names), names
 
     def close(self) -> None:
         """Ends everything and checks that nothing is left."""

@@ -46,6 +46,9 @@ class Actor:
         reset_caches: drop what engines computed with older weights before they resume.
         engine_timeout: seconds that a call to an engine may take before the sync fails.
         connect_timeout: seconds to wait for the daemon.
+        device: that holds this rank's tensors, by the daemon's name: ``host``, ``host.1`` or a
+            GPU's UUID; None is ``host``. `register` raises `errors.LayoutError` for a device that
+            no worker serves.
 
     Raises:
         errors.UnavailableError: no daemon answers.
@@ -68,6 +71,7 @@ class Actor:
         reset_caches: bool = True,
         engine_timeout: float = 4.0,
         connect_timeout: float = 10.0,
+        device: Optional[str] = None,
     ) -> None:
         if pause_mode not in PAUSE_MODES:
             raise layout_error(
@@ -85,6 +89,7 @@ class Actor:
             self.group.rank,
             self.group.world_size,
             max(1, int(connect_timeout * 1000)),
+            _native.encode(device),
         )
         handle = ctypes.c_void_p()
         _native.check(lib.weightd_actor_open(ctypes.byref(options), ctypes.byref(handle)))
