@@ -225,7 +225,8 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(EngineSession&
       endpoints.push_back(Announce(session.member, info, writer));
     }
     Observe(*session.room, *session.replica);
-    MaybeCatchUp(*session.room, session.replica);
+    const bool catches_up = MaybeCatchUp(*session.room, session.replica);
+    if (!catches_up && session.replica->complete()) TellIdle(ViewOf(session.replica));
   }
   Failpoint("registered");
   return endpoints;
