@@ -133,7 +133,8 @@ void EngineClient::HandleEvent(const v1::EngineEvent& event) {
 }
 
 void EngineClient::OnPrepare(const v1::EnginePrepare& prepare) {
-  Status accepted;
+  Status accepted = registration_->segments.cuda().CheckAlive();
+  if (!accepted.ok()) return SendQuiesced(prepare.attempt(), accepted);
   Publish([&](View&) {
     accepted = truth_.Prepare(prepare);
     if (accepted.ok() && identity_.auto_quiesce) accepted = truth_.Quiesced();

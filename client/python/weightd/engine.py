@@ -43,9 +43,10 @@ class EngineRank:
         engine: instance name, shared by the ranks of one engine and kept over restarts.
         architecture: Hugging Face architecture, e.g. ``LlamaForCausalLM``.
         config: Hugging Face config, a mapping or an object with ``to_dict()``.
-        params: (name, tensor) pairs or a mapping of this rank's CPU parameters, in the engine's
-            layout. Their storages move into shared memory in place; names that share storage,
-            offset and shape are registered as one parameter with aliases. References are kept.
+        params: (name, tensor) pairs or a mapping of this rank's parameters, in the engine's
+            layout, all on the CPU or all on one GPU. CPU storages move into shared memory in place,
+            GPU memory is lent where it lies. Names that share storage, offset and shape are
+            registered as one parameter with aliases. References are kept.
         profile: naming and merging convention of the engine.
         tp_rank, tp_size, pp_rank, pp_size, ep_rank, ep_size, dp_rank: coordinates of this rank.
         quiesce: called on a thread of this object before memory is written; returns when nobody
@@ -312,7 +313,7 @@ def param_array(
         target.kind = _KIND_RAW
         target.alias_of = _native.encode(first) if first != name else None
         fill_memory(target.memory, tensor, shared)
-        if target.memory.fd < 0 and tensor.numel():
+        if target.memory.fd < 0 and tensor.numel() and not _memory.is_cuda(tensor):
             raise UnsupportedError(
                 "parameter lies in memory that cannot be lent (pinned, NumPy-backed or mapped)",
                 code=UNIMPLEMENTED,
@@ -325,7 +326,7 @@ def param_array(
 
 def _checked(name: str, tensor: Any) -> LocalTensor:
     local = describe(name, tensor)
-    _memory.check_host_tensor(name, tensor)
+    _memory.check_tensor(name, tensor)
     overlapping = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), local.shape))
     if overlapping:
         raise layout_error(
