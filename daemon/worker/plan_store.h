@@ -48,6 +48,7 @@ class PlanAssembler {
 
 /// A proven plan with the copies of all its engine ranks. Immutable.
 struct LoadedPlan {
+  uint64_t id = 0;  ///< in this process, never used again
   PlanInput input;
   std::optional<SourceGrid> grid;  ///< unset for a catch-up: its plan has parameters only
   std::vector<RankPlan> ranks;     ///< per engine rank

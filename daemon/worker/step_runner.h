@@ -38,6 +38,7 @@ class StepRunner {
   struct Context;
   Status Dispatch(Context* context, v1::StepDone* done);
   Status CheckTargets(const Context& context) const;
+  Status AwaitSources(const Context& context) const;
   Status Transfer(Context* context, v1::StepDone* done);
   Status Verify(Context* context, v1::StepDone* done);
   Status CheckReplicas(Context* context);

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 30.0
@@ -97,9 +97,15 @@ class Cluster:
 
     def start_engines(self, name: str) -> EngineProcess:
         """Starts a process that can hold engine ranks."""
-        engines = EngineProcess(name, self.address, self.folder / f"{name}.log")
-        self._engines.append(engines)
-        return engines
+        return self.start_peer(name, "tests.support.engine_process")
+
+    def start_peer(
+        self, name: str, module: str, environment: Optional[Mapping[str, str]] = None
+    ) -> EngineProcess:
+        """Starts a process that serves requests as tests/support/engine_process.py does."""
+        peer = EngineProcess(name, self.address, self.folder / f"{name}.log", module, environment)
+        self._engines.append(peer)
+        return peer
 
     def logs(self) -> str:
         """Returns the end of every log, for the message of a failed test."""
@@ -140,17 +146,24 @@ class EngineProcess:
     One caller at a time, in this process or in one forked from it.
     """
 
-    def __init__(self, name: str, address: str, log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        log_path: Path,
+        module: str = "tests.support.engine_process",
+        more_environment: Optional[Mapping[str, str]] = None,
+    ) -> None:
         self.name = name
         self._log_path = log_path
-        environment = dict(os.environ)
+        environment = {**os.environ, **(more_environment or {})}
         paths: Sequence[str] = (str(_ROOT / "client" / "python"), str(_ROOT))
         if "WEIGHTD_INSTALLED" in environment:
             paths = paths[1:]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         with open(log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.engine_process", address],
+                [sys.executable, "-m", module, address],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -169,18 +182,36 @@ class EngineProcess:
         Raises:
             AssertionError: the operation failed or the process is gone; with its traceback or log.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
+        self.ask(operation, **arguments)
+        return self.answer(operation)
+
+    def ask(self, operation: str, **arguments: Any) -> None:
+        """Asks for one operation; `answer` waits for what comes of it."""
+        assert self._process.stdin is not None
         request = json.dumps({"operation": operation, **arguments}) + "\n"
         try:
             self._process.stdin.write(request.encode())
             self._process.stdin.flush()
         except BrokenPipeError:
             pass
+
+    def answer(self, operation: str = "") -> Any:
+        """Waits for the answer to the oldest question that has none yet.
+
+        Raises:
+            AssertionError: as `call`.
+        """
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, f"{self.name} is gone:\n{self._log_path.read_text(errors='replace')}"
         answer = json.loads(line)
         assert "error" not in answer, f"{self.name}: {operation} failed:\n{answer.get('error')}"
         return answer["value"]
+
+    def kill(self) -> None:
+        """Ends the process as kill -9 does, and waits until it is gone."""
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> None:
         """Lets the process close its ranks and end."""

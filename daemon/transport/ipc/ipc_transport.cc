@@ -1,0 +1,209 @@
+#include "daemon/transport/ipc/ipc_transport.h"
+
+#include <algorithm>
+#include <thread>
+#include <utility>
+
+namespace weightd {
+namespace {
+
+constexpr uint64_t kTransfer = 1;
+constexpr uint64_t kVerify = 2;
+
+/// A wait begins by spinning, since most steps of small models end within it, then sleeps.
+constexpr microseconds kSpin{500};
+constexpr microseconds kNap{20};
+
+/// What a table depends on; empty if the plan cannot be told from others.
+std::vector<uint64_t> KeyOf(const BoundPlan& plan, size_t target, uint64_t kind) {
+  std::vector<uint64_t> key;
+  if (plan.id == 0) return key;
+  key = {kind, plan.id, target, plan.targets[target].registration};
+  if (kind == kTransfer) {
+    key.insert(key.end(), plan.registrations.begin(), plan.registrations.end());
+  }
+  return key;
+}
+
+StatusOr<StepTable> BuildVerify(const BoundPlan&, const StepBinder& binder) {
+  return BuildVerifyTable(binder);
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<IpcTransport>> IpcTransport::Create(cuda::DeviceId device,
+                                                             const IpcOptions& options) {
+  std::unique_ptr<IpcTransport> transport(new IpcTransport(device, options));
+  WEIGHTD_ASSIGN_OR_RETURN(transport->stream_, cuda::Stream::Create(device, true));
+  for (cuda::Event& event : transport->events_) {
+    WEIGHTD_ASSIGN_OR_RETURN(event, cuda::Event::Create(device));
+  }
+  WEIGHTD_ASSIGN_OR_RETURN(transport->local_blocks_, cuda::DefaultBlocks(device));
+  return transport;
+}
+
+IpcTransport::~IpcTransport() = default;
+
+/// A context that is lost stays lost: the process has to be replaced.
+Status IpcTransport::Note(Status status) {
+  const bool lost =
+      status.code() == StatusCode::kUnavailable && FieldsOf(status).reason == reason::kDevice;
+  broken_ = broken_ || lost;
+  return status;
+}
+
+uint64_t IpcTransport::table_bytes() const {
+  uint64_t bytes = 0;
+  for (const Loaded& loaded : tables_) bytes += loaded.table.size_bytes();
+  return bytes;
+}
+
+void IpcTransport::MakeRoom() {
+  while (tables_.size() > 1 && table_bytes() > options_.table_bytes) tables_.pop_back();
+}
+
+StatusOr<IpcTransport::Loaded> IpcTransport::Load(StepTable step) {
+  Loaded loaded;
+  WEIGHTD_ASSIGN_OR_RETURN(loaded.table,
+                           cuda::BoxTable::Create(step.image, device_, stream_.ref()));
+  WEIGHTD_RETURN_IF_ERROR(loaded.table.SetBases(step.ranges.bases(), stream_.ref()));
+  WEIGHTD_ASSIGN_OR_RETURN(loaded.words, cuda::DigestWords::Create(device_, step.image.num_words));
+  loaded.windows = std::move(step.windows);
+  return loaded;
+}
+
+StatusOr<IpcTransport::Loaded*> IpcTransport::Find(std::vector<uint64_t> key, const BoundPlan& plan,
+                                                   const StepBinder& binder, BuildFn build) {
+  const auto known = key.empty()
+                         ? tables_.end()
+                         : std::find_if(tables_.begin(), tables_.end(),
+                                        [&key](const Loaded& loaded) { return loaded.key == key; });
+  if (known != tables_.end()) {
+    tables_.splice(tables_.begin(), tables_, known);
+    return &tables_.front();
+  }
+  // Tables of registrations and plans that are gone are the last in the list, and go first.
+  std::erase_if(tables_, [](const Loaded& loaded) { return loaded.key.empty(); });
+  WEIGHTD_ASSIGN_OR_RETURN(StepTable step, build(plan, binder));
+  WEIGHTD_ASSIGN_OR_RETURN(Loaded loaded, Load(std::move(step)));
+  loaded.key = std::move(key);
+  tables_.push_front(std::move(loaded));
+  MakeRoom();
+  return &tables_.front();
+}
+
+/// Waits for the GPU. What is launched cannot be taken back and must not outlive the step, so
+/// neither deadline nor cancellation ends this wait: the daemon ends a worker that hangs.
+Status IpcTransport::Await(const cuda::Event& event) {
+  const Clock::time_point spin_until = Clock::now() + kSpin;
+  while (true) {
+    WEIGHTD_ASSIGN_OR_RETURN(const bool done, event.Done());
+    if (done) return absl::OkStatus();
+    if (Clock::now() >= spin_until) std::this_thread::sleep_for(kNap);
+  }
+}
+
+Status IpcTransport::RunGroups(Loaded* loaded, const StepBinder& binder, bool remote) {
+  const std::vector<StepWindow>& windows = loaded->windows;
+  const auto end = static_cast<uint32_t>(windows.size());
+  const int blocks = remote ? cuda::kRemoteBlocks : local_blocks_;
+  const auto name_at = [&](uint32_t window) {
+    return window < end ? binder.ParamAt(windows[window].first) : std::string();
+  };
+  uint64_t bytes = 0;
+  uint32_t reported = 0;
+  const auto report_until = [&](uint32_t limit) {
+    while (reported < limit) {
+      bytes += windows[reported++].bytes;
+      binder.Report(reported, bytes, name_at(reported));
+    }
+  };
+  uint32_t launched = 0;  // windows
+  uint32_t group_end[2] = {0, 0};
+  uint32_t groups = 0;
+  for (uint32_t group = 0; launched < end; ++group, ++groups) {
+    WEIGHTD_RETURN_IF_ERROR(binder.Check(name_at(launched)));
+    const uint32_t first = launched;
+    uint64_t group_bytes = 0;
+    while (launched < end && (group_bytes == 0 || group_bytes < options_.group_bytes)) {
+      group_bytes += windows[launched++].bytes;
+    }
+    WEIGHTD_RETURN_IF_ERROR(
+        cuda::Launch(loaded->table, first, launched, loaded->words, blocks, stream_.ref()));
+    WEIGHTD_RETURN_IF_ERROR(events_[group % 2].Record(stream_.ref()));
+    group_end[group % 2] = launched;
+    if (group == 0) continue;
+    WEIGHTD_RETURN_IF_ERROR(Await(events_[(group + 1) % 2]));
+    report_until(group_end[(group + 1) % 2]);
+  }
+  const uint32_t last = groups == 0 ? 0 : (groups - 1) % 2;
+  WEIGHTD_RETURN_IF_ERROR(Await(events_[last]));
+  report_until(end);
+  return binder.Check("");
+}
+
+/// Runs `launch` on a table and takes its digest words.
+StatusOr<std::vector<uint64_t>> IpcTransport::Run(Loaded* loaded,
+                                                  const std::function<Status()>& launch) {
+  const auto run = [&]() -> Status {
+    WEIGHTD_RETURN_IF_ERROR(loaded->words.Clear(stream_.ref()));
+    WEIGHTD_RETURN_IF_ERROR(launch());
+    WEIGHTD_RETURN_IF_ERROR(loaded->words.Fetch(stream_.ref()));
+    WEIGHTD_RETURN_IF_ERROR(events_[0].Record(stream_.ref()));
+    return Await(events_[0]);
+  };
+  Status status = run();
+  if (!status.ok()) {
+    // Nothing of this step may run on: its mappings are given up when this returns.
+    const Status drained = stream_.Synchronize();
+    return drained.ok() ? status : drained;
+  }
+  WEIGHTD_ASSIGN_OR_RETURN(const std::span<const uint64_t> words, loaded->words.Read());
+  return std::vector<uint64_t>(words.begin(), words.end());
+}
+
+StatusOr<RankDigests> IpcTransport::RunTarget(const BoundPlan& plan, size_t target,
+                                              RunControl& control, std::string_view phase,
+                                              uint64_t kind, BuildFn build) {
+  StepBinder binder(plan, control, phase);
+  binder.SetTarget(target);
+  WEIGHTD_RETURN_IF_ERROR(binder.Check(""));
+  StatusOr<Loaded*> loaded = Find(KeyOf(plan, target, kind), plan, binder, build);
+  if (!loaded.ok()) return binder.Fail(Note(loaded.status()), "");
+  const bool remote = kind == kTransfer && plan.targets[target].remote;
+  StatusOr<std::vector<uint64_t>> words =
+      Run(*loaded, [&] { return RunGroups(*loaded, binder, remote); });
+  if (!words.ok()) return binder.Fail(Note(words.status()), "");
+  RankDigests digests;
+  digests.tensors = binder.tensors();
+  digests.words = *std::move(words);
+  return digests;
+}
+
+StatusOr<RankDigests> IpcTransport::Transfer(const BoundPlan& plan, size_t target,
+                                             RunControl& control) {
+  return RunTarget(plan, target, control, "transfer", kTransfer, &BuildTransferTable);
+}
+
+StatusOr<RankDigests> IpcTransport::Verify(const BoundPlan& plan, size_t target,
+                                           RunControl& control) {
+  return RunTarget(plan, target, control, "verify", kVerify, &BuildVerify);
+}
+
+StatusOr<uint64_t> IpcTransport::DigestShard(const BoundPlan& plan, uint32_t rank, uint32_t tensor,
+                                             uint32_t shard, RunControl& control) {
+  const StepBinder binder(plan, control, "prepare");
+  const std::string& name = (*plan.table)[tensor].name;
+  WEIGHTD_RETURN_IF_ERROR(binder.Check(name));
+  WEIGHTD_ASSIGN_OR_RETURN(StepTable step, BuildShardTable(plan, binder, rank, tensor, shard));
+  StatusOr<Loaded> loaded = Load(std::move(step));
+  if (!loaded.ok()) return binder.Fail(Note(loaded.status()), name);
+  StatusOr<std::vector<uint64_t>> words = Run(&*loaded, [&] {
+    return cuda::Launch(loaded->table, 0, loaded->table.num_windows(), loaded->words, local_blocks_,
+                        stream_.ref());
+  });
+  if (!words.ok()) return binder.Fail(Note(words.status()), name);
+  return (*words)[0];
+}
+
+}  // namespace weightd

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Packs what tests/gpu/run.sh needs on a GPU machine that has neither the sources nor gRPC: stripped binaries, their shared
+# libraries, the Python package and the tests. Everything finds its libraries by a path relative to itself.
+#   tests/gpu/bundle.sh BUILD_DIR OUT_DIR     needs patchelf
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+build="$(realpath "${1:?usage: bundle.sh BUILD_DIR OUT_DIR}")"
+out="$(realpath -m "${2:?usage: bundle.sh BUILD_DIR OUT_DIR}")"
+rm -rf "$out"
+mkdir -p "$out/bin" "$out/lib"
+
+programs=("$build"/bin/weightd "$build"/bin/weightctl "$build"/bin/libweightd.so)
+while IFS= read -r program; do programs+=("$program"); done < <(
+  find "$build/tests/gpu" "$build/tests/unit/transport" -maxdepth 2 -type f -executable \
+    \( -path '*/tests/gpu/*' -o -name '*gpu*' \) 2>/dev/null)
+for program in "${programs[@]}"; do
+  cp "$program" "$out/bin/"
+  strip --strip-unneeded "$out/bin/$(basename "$program")"
+done
+
+system='^(ld-linux|linux-vdso|libc|libm|libpthread|libdl|librt|libresolv|libutil|libstdc\+\+|libgcc_s)[.-]'
+ldd "$out"/bin/* | awk '/=> \// {print $1, $3}' | sort -u | while read -r name path; do
+  [[ "$name" =~ $system ]] && continue
+  cp -L "$path" "$out/lib/$name"
+  chmod u+w "$out/lib/$name"
+  strip --strip-unneeded "$out/lib/$name"
+  patchelf --set-rpath '$ORIGIN' "$out/lib/$name"
+done
+for program in "$out"/bin/*; do patchelf --set-rpath '$ORIGIN/../lib' "$program"; done
+
+mkdir -p "$out/client" "$out/tests"
+cp -r "$root/client/python" "$out/client/"
+cp -r "$root"/tests/{__init__.py,support,gpu,bench} "$out/tests/"
+find "$out" -name __pycache__ -prune -exec rm -rf {} +
+du -sh "$out" | cut -f1
