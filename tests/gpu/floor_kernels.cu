@@ -1,7 +1,7 @@
-#include "tests/gpu/floor_kernels.h"
-
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+
+#include "tests/gpu/floor_kernels.h"
 
 namespace weightd::floors {
 namespace {
