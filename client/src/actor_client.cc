@@ -230,6 +230,7 @@ std::vector<ActorClient::Request> ActorClient::Registration() {
   last->set_table_digest(digest.data(), digest.size());
   last->set_num_tensors(static_cast<uint32_t>(registration_->table.size()));
   last->set_staged(registration_->staged);
+  last->set_device(identity_.device);
   return requests;
 }
 

@@ -38,6 +38,7 @@ class ActorClient final : public Session<ActorProtocol> {
     uint64_t group_order = 0;
     uint32_t rank = 0;
     uint32_t world_size = 1;
+    std::string device;  ///< of the memory; empty = "host"
   };
 
   ActorClient(SessionSettings settings, Identity identity);

@@ -113,6 +113,7 @@ std::vector<EngineClient::Request> EngineClient::Registration() {
   last->set_config_json(identity_.config_json);
   last->set_num_params(static_cast<uint32_t>(registration_->params.size()));
   last->set_commit_mode(identity_.commit_mode);
+  last->set_device(identity_.device);
   return requests;
 }
 

@@ -102,6 +102,7 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
   Status OnRegister(const v1::ActorRegister& request) {
     digest_ = request.table_digest();
     num_tensors_ = request.num_tensors();
+    device_ = request.device().empty() ? kHostDevice : request.device();
     table_.clear();
     if (!context_.coordinator.WantsTable(*session_, digest_)) return Finish(std::nullopt);
     v1::ActorEvent event;
@@ -131,7 +132,7 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
     table_.clear();
     WEIGHTD_ASSIGN_OR_RETURN(const WorkerEndpoint endpoint,
                              context_.coordinator.RegisterActor(
-                                 *session_, digest_, std::move(table), std::move(shards)));
+                                 *session_, device_, digest_, std::move(table), std::move(shards)));
     v1::ActorEvent event;
     *event.mutable_registered()->mutable_worker() = ToProto(endpoint);
     Send(std::move(event));
@@ -166,6 +167,7 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
   std::shared_ptr<Port> port_;
   std::shared_ptr<ActorSession> session_;
   uint64_t watch_ = 0;
+  std::string device_;
   std::string digest_;
   uint32_t num_tensors_ = 0;
   RankShards shards_;

@@ -8,8 +8,9 @@ namespace weightd {
 /// weightd.v1.AdminService: reads only.
 class AdminService : public v1::AdminService::CallbackService {
  public:
-  AdminService(Coordinator& coordinator, WorkerSupervisor& supervisor, WorkerService& workers)
-      : coordinator_(coordinator), supervisor_(supervisor), workers_(workers) {}
+  AdminService(Coordinator& coordinator, const WorkerSupervisors& supervisors,
+               WorkerService& workers)
+      : coordinator_(coordinator), supervisors_(supervisors), workers_(workers) {}
 
   grpc::ServerUnaryReactor* GetStatus(grpc::CallbackServerContext* call,
                                       const v1::GetStatusRequest* request,
@@ -21,8 +22,10 @@ class AdminService : public v1::AdminService::CallbackService {
   void SetDraining() { draining_ = true; }
 
  private:
+  void DescribeWorkers(v1::GetStatusResponse& response);
+
   Coordinator& coordinator_;
-  WorkerSupervisor& supervisor_;
+  const WorkerSupervisors& supervisors_;
   WorkerService& workers_;
   const Clock::time_point start_ = Clock::now();
   std::atomic<bool> draining_{false};

@@ -127,11 +127,16 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     model.config_json = request.config_json();
     model.commit_mode = request.commit_mode();
     model.num_ranks = num_ranks_;
+    const std::string device = request.device().empty() ? kHostDevice : request.device();
     WEIGHTD_ASSIGN_OR_RETURN(
-        const WorkerEndpoint endpoint,
-        context_.coordinator.RegisterEngine(*session_, model, std::move(params)));
+        const std::vector<WorkerEndpoint> endpoints,
+        context_.coordinator.RegisterEngine(*session_, device, model, std::move(params)));
     v1::EngineEvent event;
-    *event.mutable_registered()->mutable_worker() = ToProto(endpoint);
+    v1::EngineRegistered& registered = *event.mutable_registered();
+    *registered.mutable_worker() = ToProto(endpoints.front());
+    for (size_t i = 1; i < endpoints.size(); ++i) {
+      *registered.add_writers() = ToProto(endpoints[i]);
+    }
     Send(std::move(event));
     return absl::OkStatus();
   }

@@ -62,6 +62,7 @@ Status BindSources(const LoadedPlan& plan, const PinnedMembers& pinned, BoundPla
   bound->sources.assign(in.shards.size(), {});
   bound->registrations.assign(in.shards.size(), 0);
   for (size_t rank = 0; rank < in.shards.size(); ++rank) {
+    if (!plan.own_sources[rank]) continue;
     const PinnedMembers::Entry* entry = pinned.Find(in.sources[rank]);
     WEIGHTD_CHECK(entry != nullptr);
     bound->registrations[rank] = entry->memory->id;

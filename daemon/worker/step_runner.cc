@@ -111,7 +111,9 @@ Status StepRunner::Dispatch(Context* context, v1::StepDone* done) {
   const PlanInput& input = context->plan->input;
   const bool reads_sources =
       command.step() == v1::STEP_TRANSFER || command.step() == v1::STEP_CHECK_REPLICAS;
-  if (reads_sources) context->members = input.sources;
+  for (size_t rank = 0; reads_sources && rank < input.sources.size(); ++rank) {
+    if (context->plan->own_sources[rank]) context->members.push_back(input.sources[rank]);
+  }
   if (command.step() != v1::STEP_CHECK_REPLICAS) {
     for (uint32_t target : command.targets()) context->members.push_back(input.targets[target]);
   }
@@ -127,7 +129,7 @@ Status StepRunner::Dispatch(Context* context, v1::StepDone* done) {
       WEIGHTD_RETURN_IF_ERROR(Verify(context, done));
       break;
     case v1::STEP_CHECK_REPLICAS:
-      WEIGHTD_RETURN_IF_ERROR(CheckReplicas(context));
+      WEIGHTD_RETURN_IF_ERROR(CheckReplicas(context, done));
       break;
     case v1::STEP_COPY_PEER:
     case v1::STEP_RETAIN:
@@ -228,19 +230,19 @@ Status StepRunner::Verify(Context* context, v1::StepDone* done) {
   BoundPlan bound;
   for (uint32_t target : context->command.targets()) {
     WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, context->pinned, &bound));
-    context->bytes_total += plan.ranks[target].bytes;
+    context->bytes_total += plan.landed[target];
   }
   RunControl control = ControlOf(context, nullptr);
   for (uint32_t target : context->command.targets()) {
     WEIGHTD_ASSIGN_OR_RETURN(const RankDigests digests, transport_->Verify(bound, target, control));
     AddDigests(target, digests, done);
-    context->bytes_before += plan.ranks[target].bytes;
+    context->bytes_before += plan.landed[target];
     done->set_bytes(context->bytes_before);
   }
   return absl::OkStatus();
 }
 
-Status StepRunner::CheckReplicas(Context* context) {
+Status StepRunner::CheckReplicas(Context* context, v1::StepDone* done) {
   const LoadedPlan& plan = *context->plan;
   BoundPlan bound;
   WEIGHTD_RETURN_IF_ERROR(BindSources(plan, context->pinned, &bound));
@@ -249,27 +251,33 @@ Status StepRunner::CheckReplicas(Context* context) {
   RunControl control = ControlOf(context, &staged);
   Status status;
   plan.grid->ForEachReplicated([&](const SourceGrid::ReplicatedShard& replica) {
-    if (status.ok()) status = CompareReplica(context, bound, replica, &control);
+    if (status.ok()) status = CompareReplica(context, bound, replica, &control, done);
   });
   return status;
 }
 
+/// Compares the copies of a shard that this device has. Where others have copies, too, the word
+/// goes to the daemon, which compares those of all workers.
 Status StepRunner::CompareReplica(Context* context, const BoundPlan& bound,
-                                  const SourceGrid::ReplicatedShard& replica, RunControl* control) {
+                                  const SourceGrid::ReplicatedShard& replica, RunControl* control,
+                                  v1::StepDone* done) {
   const PlanInput& input = context->plan->input;
   uint64_t expected = 0;
+  size_t own = 0;
   std::string same;
   std::string different;
   for (size_t i = 0; i < replica.ranks.size(); ++i) {
     const uint32_t rank = replica.ranks[i];
+    if (!context->plan->own_sources[rank]) continue;
     WEIGHTD_ASSIGN_OR_RETURN(
         const uint64_t word,
         transport_->DigestShard(bound, rank, replica.tensor, replica.shards[i], *control));
-    if (i == 0) expected = word;
+    if (own++ == 0) expected = word;
     std::string& list = word == expected ? same : different;
     const std::string& label = context->pinned.Find(input.sources[rank])->member->label();
     list += (list.empty() ? "" : ", ") + label;
   }
+  if (own > 0 && own < replica.ranks.size()) done->add_shard_words(expected);
   if (different.empty()) return absl::OkStatus();
   const std::string& name = input.table[replica.tensor].name;
   Status status = Error(StatusCode::kFailedPrecondition, reason::kReplicasDiffer,

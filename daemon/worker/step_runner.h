@@ -41,9 +41,10 @@ class StepRunner {
   Status AwaitSources(const Context& context) const;
   Status Transfer(Context* context, v1::StepDone* done);
   Status Verify(Context* context, v1::StepDone* done);
-  Status CheckReplicas(Context* context);
+  Status CheckReplicas(Context* context, v1::StepDone* done);
   Status CompareReplica(Context* context, const BoundPlan& bound,
-                        const SourceGrid::ReplicatedShard& replica, RunControl* control);
+                        const SourceGrid::ReplicatedShard& replica, RunControl* control,
+                        v1::StepDone* done);
   Status CatchUpTargets(Context* context, v1::StepDone* done);
   Status CatchUpOne(Context* context, uint32_t target, uint64_t peer,
                     std::span<const Binding> params, const CatchUp::Control& control);

@@ -21,6 +21,7 @@ WorkerCore::WorkerCore(const Options& options, std::unique_ptr<MemberTable> memb
                        std::unique_ptr<Transport> transport, ReportFn report)
     : report_(std::move(report)),
       on_broken_(options.on_broken),
+      device_(options.device),
       members_(std::move(members)),
       transport_(std::move(transport)),
       runner_(members_.get(), &plans_, transport_.get(), options.num_threads, report_),
@@ -107,10 +108,10 @@ void WorkerCore::AddPlanPage(const v1::PlanPage& page) {
   Assembly& assembly = assemblies_[page.plan()];
   if (assembly.error.ok()) assembly.error = assembly.assembler.Add(page);
   if (!page.last()) return;
-  const auto load = [&assembly]() -> StatusOr<std::shared_ptr<const LoadedPlan>> {
+  const auto load = [this, &assembly]() -> StatusOr<std::shared_ptr<const LoadedPlan>> {
     WEIGHTD_RETURN_IF_ERROR(assembly.error);
     WEIGHTD_ASSIGN_OR_RETURN(PlanInput input, assembly.assembler.Finish());
-    return LoadPlan(std::move(input));
+    return LoadPlan(std::move(input), device_);
   };
   StatusOr<std::shared_ptr<const LoadedPlan>> plan = load();
   assemblies_.erase(page.plan());

@@ -28,8 +28,9 @@ class WorkerCore {
  public:
   struct Options {
     MemberTable::Options members;
-    int num_threads = 0;              ///< of catch-up; 0 = the cores, at most 8
-    std::function<void()> on_broken;  ///< ends the process: its transport is of no more use
+    std::string device = kHostDevice;  ///< of the memory that this worker serves
+    int num_threads = 0;               ///< of catch-up; 0 = the cores, at most 8
+    std::function<void()> on_broken;   ///< ends the process: its transport is of no more use
   };
 
   /// `report` takes everything that the daemon must hear, from several threads, until the
@@ -63,6 +64,7 @@ class WorkerCore {
 
   const ReportFn report_;
   const std::function<void()> on_broken_;
+  const std::string device_;
   const std::unique_ptr<MemberTable> members_;
   const std::unique_ptr<Transport> transport_;
 

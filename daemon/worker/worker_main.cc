@@ -137,6 +137,7 @@ int RunWorker(const WorkerOptions& options) {
     spdlog::error("worker ends: its GPU context is lost");
     Leave(kExitDeviceLost);
   };
+  core_options.device = options.device;
   core_options.num_threads = options.num_threads;
   StatusOr<std::unique_ptr<WorkerCore>> core =
       WorkerCore::Create(core_options, std::move(plane->transport),

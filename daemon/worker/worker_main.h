@@ -7,7 +7,7 @@ namespace weightd {
 
 /// How the daemon starts a worker: `weightd --worker ...`.
 struct WorkerOptions {
-  std::string device = "host";
+  std::string device = "host";  ///< whose memory it serves: "host", "host.1" or a GPU UUID
   std::string daemon;       ///< gRPC address of the daemon, e.g. "unix:/run/weightd/weightd.sock"
   std::string token;        ///< proves that this is the daemon's child
   std::string socket_path;  ///< where clients attach

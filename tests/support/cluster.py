@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import reduction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Mapping, Optional, Sequence
+from typing import IO, Any, Optional, Sequence
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 30.0
@@ -97,15 +98,9 @@ class Cluster:
 
     def start_engines(self, name: str) -> EngineProcess:
         """Starts a process that can hold engine ranks."""
-        return self.start_peer(name, "tests.support.engine_process")
-
-    def start_peer(
-        self, name: str, module: str, environment: Optional[Mapping[str, str]] = None
-    ) -> EngineProcess:
-        """Starts a process that serves requests as tests/support/engine_process.py does."""
-        peer = EngineProcess(name, self.address, self.folder / f"{name}.log", module, environment)
-        self._engines.append(peer)
-        return peer
+        engines = EngineProcess(name, self.address, self.folder / f"{name}.log")
+        self._engines.append(engines)
+        return engines
 
     def logs(self) -> str:
         """Returns the end of every log, for the message of a failed test."""
@@ -141,35 +136,25 @@ class Cluster:
 
 
 class EngineProcess:
-    """A process that opens engine ranks on request; see tests/support/engine_process.py.
+    """A process that opens engine ranks on request; see tests/support/engine_process.py."""
 
-    One caller at a time, in this process or in one forked from it.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        address: str,
-        log_path: Path,
-        module: str = "tests.support.engine_process",
-        more_environment: Optional[Mapping[str, str]] = None,
-    ) -> None:
-        self.name = name
-        self._log_path = log_path
-        environment = {**os.environ, **(more_environment or {})}
+    def __init__(self, name: str, address: str, log_path: Path) -> None:
+        environment = dict(os.environ)
         paths: Sequence[str] = (str(_ROOT / "client" / "python"), str(_ROOT))
         if "WEIGHTD_INSTALLED" in environment:
             paths = paths[1:]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         with open(log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, address],
+                [sys.executable, "-m", "tests.support.engine_process", address],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=_ROOT,
                 env=environment,
             )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self.caller = EngineCaller(name, log_path, self._process.stdin, self._process.stdout)
 
     @property
     def pid(self) -> int:
@@ -177,41 +162,8 @@ class EngineProcess:
         return self._process.pid
 
     def call(self, operation: str, **arguments: Any) -> Any:
-        """Asks for one operation and returns its answer.
-
-        Raises:
-            AssertionError: the operation failed or the process is gone; with its traceback or log.
-        """
-        self.ask(operation, **arguments)
-        return self.answer(operation)
-
-    def ask(self, operation: str, **arguments: Any) -> None:
-        """Asks for one operation; `answer` waits for what comes of it."""
-        assert self._process.stdin is not None
-        request = json.dumps({"operation": operation, **arguments}) + "\n"
-        try:
-            self._process.stdin.write(request.encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
-
-    def answer(self, operation: str = "") -> Any:
-        """Waits for the answer to the oldest question that has none yet.
-
-        Raises:
-            AssertionError: as `call`.
-        """
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"{self.name} is gone:\n{self._log_path.read_text(errors='replace')}"
-        answer = json.loads(line)
-        assert "error" not in answer, f"{self.name}: {operation} failed:\n{answer.get('error')}"
-        return answer["value"]
-
-    def kill(self) -> None:
-        """Ends the process as kill -9 does, and waits until it is gone."""
-        self._process.kill()
-        self._process.wait()
+        """As `EngineCaller.call`."""
+        return self.caller.call(operation, **arguments)
 
     def close(self) -> None:
         """Lets the process close its ranks and end."""
@@ -221,6 +173,47 @@ class EngineProcess:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             _end(self._process, signal.SIGKILL)
+
+
+class EngineCaller:
+    """The pipes to an `EngineProcess`; may be handed to a process that multiprocessing starts.
+
+    One caller at a time.
+    """
+
+    def __init__(self, name: str, log_path: Path, requests: IO[bytes], answers: IO[bytes]) -> None:
+        self._name = name
+        self._log_path = log_path
+        self._requests = requests
+        self._answers = answers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        pipes = [reduction.DupFd(pipe.fileno()) for pipe in (self._requests, self._answers)]
+        return _caller_in_child, (self._name, self._log_path, *pipes)
+
+    def call(self, operation: str, **arguments: Any) -> Any:
+        """Asks for one operation and returns its answer.
+
+        Raises:
+            AssertionError: the operation failed or the process is gone; with its traceback or log.
+        """
+        request = json.dumps({"operation": operation, **arguments}) + "\n"
+        try:
+            self._requests.write(request.encode())
+            self._requests.flush()
+        except BrokenPipeError:
+            pass
+        line = self._answers.readline()
+        assert line, f"{self._name} is gone:\n{self._log_path.read_text(errors='replace')}"
+        answer = json.loads(line)
+        assert "error" not in answer, f"{self._name}: {operation} failed:\n{answer.get('error')}"
+        return answer["value"]
+
+
+def _caller_in_child(name: str, log_path: Path, requests: Any, answers: Any) -> EngineCaller:
+    return EngineCaller(
+        name, log_path, open(requests.detach(), "wb"), open(answers.detach(), "rb")
+    )
 
 
 def _end(process: subprocess.Popen, signal_number: int) -> int:

@@ -18,8 +18,9 @@
  * - Functions on one object may be called from any thread, one at a time, except *_cancel and
  *   *_state, which may be called at any time. Objects are independent.
  * - After fork() the objects are unusable in the child, which inherits no descriptor of theirs; the
- *   parent goes on. In the child every call fails with FAILED_PRECONDITION, a state is {} and close
- *   only frees the handle.
+ *   parent goes on. In the child every call fails with FAILED_PRECONDITION FORKED, a state is {}
+ * and close only frees the handle. New objects are refused alike in a child of a process that has
+ *   opened one: gRPC's threads do not survive the fork. Start such processes by spawn or exec.
  */
 #ifndef WEIGHTD_WEIGHTD_H_
 #define WEIGHTD_WEIGHTD_H_
@@ -110,6 +111,8 @@ typedef struct weightd_actor_options {
   int32_t rank;
   int32_t world_size;
   int32_t connect_timeout_ms; /* 0 = 10,000 */
+  const char* device; /* that holds the rank's memory, as the daemon names it: "host", "host.1" or a
+                         GPU UUID; NULL or "" = "host" */
 } weightd_actor_options;
 
 /* Connects and shakes hands. Blocks up to connect_timeout_ms, during which a daemon that is not
@@ -117,6 +120,7 @@ typedef struct weightd_actor_options {
  * worker was lost it connects, registers and lends its memory again, with a backoff of 50 ms to 1
  * s.
  * \error UNAVAILABLE DAEMON_LOST if no daemon answers at the address
+ * \error FAILED_PRECONDITION FORKED in a child of a process that has opened an actor or engine
  * \error FAILED_PRECONDITION PROTOCOL_VERSION if daemon and library speak different protocols
  * \error ALREADY_EXISTS DUPLICATE_RANK, INVALID_ARGUMENT WORLD_SIZE, ABORTED FENCED: see
  *   actor.proto */
@@ -131,6 +135,8 @@ WEIGHTD_API weightd_error* weightd_actor_open(const weightd_actor_options* optio
  * the worker's ring during a sync, from `address` if it is not NULL, otherwise from the memory that
  * the sync is given. The soft limit of open files is raised when it is too low.
  * \error INVALID_ARGUMENT SHAPE/DTYPE/DUPLICATE_TENSOR/TABLE_MISMATCH naming the tensor
+ * \error INVALID_ARGUMENT UNKNOWN_DEVICE if the daemon has no worker for the device; lists those
+ *   that it serves
  * \error INVALID_ARGUMENT SHARED_MEMORY naming the tensor if its object is smaller than it should
  *   be
  * \error UNIMPLEMENTED MEMORY naming the tensor if no other process can map its GPU memory (sleep
@@ -216,6 +222,7 @@ typedef struct weightd_engine_options {
   int32_t auto_quiesce; /* nonzero: nobody reads the parameters during a sync, answer Prepare and
                            Commit at once */
   int32_t connect_timeout_ms; /* 0 = 10,000; < 0: do not wait, keep trying in the background */
+  const char* device;         /* that holds the rank's memory, as weightd_actor_options */
 } weightd_engine_options;
 
 /* One parameter of this rank. kind: 1 raw, 2 derived, 3 opaque. alias_of: NULL, or the parameter
@@ -238,7 +245,7 @@ WEIGHTD_API weightd_error* weightd_engine_open(const weightd_engine_options* opt
 /* Registers all parameters and lends their memory; replaces an earlier registration. Blocks until
  * daemon and worker have taken them, unless connect_timeout_ms < 0, in which case it goes on in
  * the background and weightd_engine_state tells.
- * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE; INVALID_ARGUMENT as
+ * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE; INVALID_ARGUMENT (and UNKNOWN_DEVICE) as
  *   weightd_actor_register */
 WEIGHTD_API weightd_error* weightd_engine_register(weightd_engine* engine,
                                                    const weightd_param* params, size_t num_params);

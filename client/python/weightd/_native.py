@@ -63,6 +63,7 @@ class ActorOptions(ctypes.Structure):
         ("rank", ctypes.c_int32),
         ("world_size", ctypes.c_int32),
         ("connect_timeout_ms", ctypes.c_int32),
+        ("device", ctypes.c_char_p),
     ]
 
 
@@ -114,6 +115,7 @@ class EngineOptions(ctypes.Structure):
         ("commit_mode", ctypes.c_char_p),
         ("auto_quiesce", ctypes.c_int32),
         ("connect_timeout_ms", ctypes.c_int32),
+        ("device", ctypes.c_char_p),
     ]
 
 

@@ -36,6 +36,9 @@ class Actor:
         group: id from `weightd.new_group`, equal on all ranks; None shares one.
         engines: engines to drive; must be empty, the engine drivers are not in this build.
         connect_timeout: seconds to wait for the daemon.
+        device: that holds this rank's tensors, by the daemon's name: ``host``, ``host.1`` or a
+            GPU's UUID; None is ``host``. `register` raises `errors.LayoutError` for a device that
+            no worker serves.
 
     Raises:
         errors.UnavailableError: no daemon answers.
@@ -53,6 +56,7 @@ class Actor:
         group: Optional[str] = None,
         engines: Sequence[Any] = (),
         connect_timeout: float = 10.0,
+        device: Optional[str] = None,
     ) -> None:
         if len(engines) > 0:
             raise UnsupportedError(
@@ -71,6 +75,7 @@ class Actor:
             self.group.rank,
             self.group.world_size,
             max(1, int(connect_timeout * 1000)),
+            _native.encode(device),
         )
         handle = ctypes.c_void_p()
         _native.check(lib.weightd_actor_open(ctypes.byref(options), ctypes.byref(handle)))

@@ -55,10 +55,13 @@ class EngineRank:
             reset, or None. Raising poisons the replica. With neither callback both are answered
             at once, without Python.
         connect_timeout: seconds to wait for the daemon; negative goes on in the background.
+        device: that holds this rank's parameters, by the daemon's name: ``host``, ``host.1`` or a
+            GPU's UUID; None is ``host``.
 
     Raises:
         errors.UnavailableError: no daemon answers.
-        errors.LayoutError: unknown architecture or profile, a parameter no rule covers, bad shapes.
+        errors.LayoutError: unknown architecture, profile or device, a parameter no rule covers,
+            bad shapes.
         errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
     """
 
@@ -82,6 +85,7 @@ class EngineRank:
         quiesce: Optional[Quiesce] = None,
         commit: Optional[Commit] = None,
         connect_timeout: float = 10.0,
+        device: Optional[str] = None,
     ) -> None:
         self._lib = _native.library()
         pairs = named_pairs(params)
@@ -102,6 +106,7 @@ class EngineRank:
             config_json=_native.encode(config_json(config)),
             auto_quiesce=int(quiesce is None and commit is None),
             connect_timeout_ms=_timeout_ms(connect_timeout),
+            device=_native.encode(device),
         )
         shared = _memory.share(pairs)
         handle = ctypes.c_void_p()

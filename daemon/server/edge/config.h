@@ -64,7 +64,8 @@ struct LimitsConfig {
 };
 
 struct WorkerConfig {
-  uint64_t threads = 0;    ///< copying threads per worker; 0 = one per core
+  std::vector<std::string> devices = {"host"};  ///< served, one worker each
+  uint64_t threads = 0;                         ///< copying threads per worker; 0 = one per core
   bool peer_check = true;  ///< compare SO_PEERCRED of a member with its registration
   std::chrono::milliseconds restart_backoff{100};  ///< pause before a dead worker is replaced
   bool operator==(const WorkerConfig&) const = default;

@@ -35,8 +35,8 @@ TEST_CASE("the second sync replays the plan without sending it again") {
 
 TEST_CASE("bytes that differ after landing are never acknowledged and poison the engine") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
-    fixture.StepDone(command, command.step == Step::kTransfer ? 42 : 43);
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
+    fixture.StepDone(device, command, command.step == Step::kTransfer ? 42 : 43);
   };
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).reason == reason::kVerifyMismatch);
@@ -48,8 +48,11 @@ TEST_CASE("bytes that differ after landing are never acknowledged and poison the
 
 TEST_CASE("a worker that skips a tensor in its digests is noticed") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
-    Event event{.kind = Event::Kind::kStepDone, .attempt = command.attempt, .step = command.step};
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
+    Event event{.kind = Event::Kind::kStepDone,
+                .device = device,
+                .attempt = command.attempt,
+                .step = command.step};
     event.touched = true;
     if (command.step == Step::kTransfer) event.digests = {{0, {0}, {42, 0}}};
     if (command.step == Step::kVerify) event.digests = {{0, {}, {0}}};
@@ -59,7 +62,7 @@ TEST_CASE("a worker that skips a tensor in its digests is noticed") {
 }
 
 TEST_CASE("a layout error refuses the sync before anything is prepared") {
-  SyncFixture fixture(2);
+  SyncFixture fixture({.engines = 2});
   fixture.resolve_error =
       Error(StatusCode::kInvalidArgument, reason::kUncoveredParameter, "fix it", "no rule");
   const SyncReport report = fixture.Sync(1);
@@ -70,12 +73,12 @@ TEST_CASE("a layout error refuses the sync before anything is prepared") {
 }
 
 TEST_CASE("an engine that dies in the transfer fails alone; the other commits") {
-  SyncFixture fixture(2);
-  fixture.script.on_step = [&](const StepCommand& command) {
+  SyncFixture fixture({.engines = 2});
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
     if (command.step == Step::kTransfer && command.attempt.counter == 1) {
       fixture.Lose(fixture.engine_members[0], true);
     }
-    fixture.StepDone(command, 42);
+    fixture.StepDone(device, command, 42);
   };
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).reason == reason::kPeerLost);
@@ -89,9 +92,9 @@ TEST_CASE("an engine that dies in the transfer fails alone; the other commits") 
 TEST_CASE(
     "an actor that dies in the transfer fails the sync for all and poisons what was touched") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
     fixture.Lose(fixture.group.ranks[1]->member, false);
-    fixture.StepDone(command, 42);
+    fixture.StepDone(device, command, 42);
   };
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).peer == "actor");
@@ -113,17 +116,18 @@ TEST_CASE("an engine that does not answer Prepare is named at the deadline and l
 
 TEST_CASE("a worker that never answers is killed before the report: that is the fence") {
   SyncFixture fixture;
-  fixture.script.on_step = [](const StepCommand&) {};
+  fixture.script.on_step = [](const std::string&, const StepCommand&) {};
   const SyncReport report = fixture.Sync(1);
   CHECK(report.error.code() == StatusCode::kDeadlineExceeded);
-  CHECK(fixture.worker_killed);
+  CHECK(fixture.workers_killed == std::set<std::string>{"host"});
   CHECK(fixture.outcomes == Strings{"engine e0: POISONED"});
 }
 
 TEST_CASE("a failed sync consumes no version; the same one heals the engine") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
-    fixture.StepDone(command, 42, Error(StatusCode::kUnavailable, reason::kPeerLost, "", "gone"));
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
+    fixture.StepDone(device, command, 42,
+                     Error(StatusCode::kUnavailable, reason::kPeerLost, "", "gone"));
   };
   REQUIRE_FALSE(fixture.Sync(1).error.ok());
   CHECK(fixture.replicas[0]->state == ReplicaState::kPoisoned);
