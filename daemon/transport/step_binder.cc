@@ -14,6 +14,11 @@ void StepBinder::SetTarget(size_t target) {
   tensors_.erase(std::unique(tensors_.begin(), tensors_.end()), tensors_.end());
 }
 
+Status Transport::CopyParams(const BoundPlan&, size_t, std::span<const Binding>, RunControl&) {
+  return Error(StatusCode::kUnimplemented, reason::kInternal, "report this with the log",
+               "transport {} leaves catch-up to the host", name());
+}
+
 std::string StepBinder::ParamAt(size_t write) const {
   const RankLayout& layout = *target_->layout;
   return write < layout.writes.size() ? layout.params[layout.writes[write].param].name : "";

@@ -115,6 +115,7 @@ Status BindEngineRank(const LoadedPlan& plan, uint32_t target, const PinnedMembe
   result.plan = &plan.ranks[target];
   result.label = entry->member->label();
   result.registration = entry->memory->id;
+  result.remote = in.target_devices[target] != plan.device;
   if (!entry->member->identity().writable) {
     return Error(StatusCode::kFailedPrecondition, reason::kProtocol, "register it as an engine",
                  "plan writes to memory that was lent for reading: rank={}", result.label);

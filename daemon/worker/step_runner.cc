@@ -289,10 +289,15 @@ Status StepRunner::CompareReplica(Context* context, const BoundPlan& bound,
 }
 
 Status StepRunner::CatchUpOne(Context* context, uint32_t target, uint64_t peer,
-                              std::span<const Binding> params, const CatchUp::Control& control) {
+                              const BoundPlan& bound, const CatchUp::Control& control) {
+  const std::span<const Binding> params = bound.targets[target].params;
   const RankLayout& layout = context->plan->input.layouts[target];
   const std::string& label = context->plan->input.labels[target];
   const uint64_t version = context->command.version();
+  if (!transport_->host_memory() && context->command.step() != v1::STEP_COPY_PEER) {
+    return Error(StatusCode::kUnimplemented, reason::kDevice, "set catch_up.retain = \"none\"",
+                 "this build keeps no copies of GPU memory: rank={}", label);
+  }
   if (context->command.step() == v1::STEP_RETAIN) {
     return catch_up_.Retain(label, version, layout, params, control);
   }
@@ -302,7 +307,9 @@ Status StepRunner::CatchUpOne(Context* context, uint32_t target, uint64_t peer,
   const PinnedMembers::Entry& entry = *context->pinned.Find(peer);
   WEIGHTD_ASSIGN_OR_RETURN(const std::vector<Binding> from,
                            BindParams(layout, entry.member->label(), *entry.memory));
-  return catch_up_.Copy(layout, from, params, control);
+  if (transport_->host_memory()) return catch_up_.Copy(layout, from, params, control);
+  RunControl window_control = ControlOf(context, nullptr);
+  return transport_->CopyParams(bound, target, from, window_control);
 }
 
 Status StepRunner::CatchUpTargets(Context* context, v1::StepDone* done) {
@@ -321,8 +328,7 @@ Status StepRunner::CatchUpTargets(Context* context, v1::StepDone* done) {
     const uint64_t peer = i < context->command.peers_size() ? context->command.peers(i) : 0;
     if (context->command.step() != v1::STEP_RETAIN) done->set_touched(true);
     WEIGHTD_RETURN_IF_ERROR(
-        WithRank(CatchUpOne(context, target, peer, bound.targets[target].params, control),
-                 plan.input.labels[target]));
+        WithRank(CatchUpOne(context, target, peer, bound, control), plan.input.labels[target]));
     context->bytes_before += ParamBytes(plan.input.layouts[target]);
     done->set_bytes(context->bytes_before);
   }

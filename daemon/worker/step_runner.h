@@ -46,8 +46,8 @@ class StepRunner {
                         const SourceGrid::ReplicatedShard& replica, RunControl* control,
                         v1::StepDone* done);
   Status CatchUpTargets(Context* context, v1::StepDone* done);
-  Status CatchUpOne(Context* context, uint32_t target, uint64_t peer,
-                    std::span<const Binding> params, const CatchUp::Control& control);
+  Status CatchUpOne(Context* context, uint32_t target, uint64_t peer, const BoundPlan& bound,
+                    const CatchUp::Control& control);
   RunControl ControlOf(Context* context, StagedSource* staged);
   void Progress(Context* context, uint64_t bytes, uint32_t windows, const std::string& layer);
 

@@ -190,6 +190,28 @@ StatusOr<RankDigests> IpcTransport::Verify(const BoundPlan& plan, size_t target,
   return RunTarget(plan, target, control, "verify", kVerify, &BuildVerify);
 }
 
+Status IpcTransport::CopyParams(const BoundPlan& plan, size_t target, std::span<const Binding> from,
+                                RunControl& control) {
+  StepBinder binder(plan, control, "catch_up");
+  binder.SetTarget(target);
+  const auto run = [&](StatusOr<StepTable> step) -> StatusOr<std::vector<uint64_t>> {
+    WEIGHTD_RETURN_IF_ERROR(step.status());
+    WEIGHTD_ASSIGN_OR_RETURN(Loaded loaded, Load(*std::move(step)));
+    return Run(&loaded, [&] { return RunGroups(&loaded, binder, false); });
+  };
+  const StatusOr<std::vector<uint64_t>> sent = run(BuildParamCopyTable(binder, from));
+  if (!sent.ok()) return binder.Fail(Note(sent.status()), "");
+  const StatusOr<std::vector<uint64_t>> landed = run(BuildParamTable(binder));
+  if (!landed.ok()) return binder.Fail(Note(landed.status()), "");
+  const auto [differs, with] = std::mismatch(sent->begin(), sent->end(), landed->begin());
+  if (differs == sent->end()) return absl::OkStatus();
+  const auto index = static_cast<size_t>(differs - sent->begin());
+  const std::string& name = binder.target().layout->params[index].name;
+  return binder.Fail(Error(StatusCode::kDataLoss, reason::kVerifyMismatch, "sync the engine again",
+                           "parameter differs from its peer's after the copy: param={}", name),
+                     name);
+}
+
 StatusOr<uint64_t> IpcTransport::DigestShard(const BoundPlan& plan, uint32_t rank, uint32_t tensor,
                                              uint32_t shard, RunControl& control) {
   const StepBinder binder(plan, control, "prepare");

@@ -43,6 +43,9 @@ class IpcTransport final : public Transport {
   StatusOr<RankDigests> Verify(const BoundPlan& plan, size_t target, RunControl& control) override;
   StatusOr<uint64_t> DigestShard(const BoundPlan& plan, uint32_t rank, uint32_t tensor,
                                  uint32_t shard, RunControl& control) override;
+  Status CopyParams(const BoundPlan& plan, size_t target, std::span<const Binding> from,
+                    RunControl& control) override;
+  bool host_memory() const override { return false; }
   bool broken() const override { return broken_; }
 
   /// Device memory of the kept tables.

@@ -117,6 +117,63 @@ StatusOr<StepTable> BuildVerifyTable(const StepBinder& binder) {
   return table;
 }
 
+namespace {
+
+/// Adds every raw parameter by `add`, which gets its position and a block of its shape.
+template <typename Add>
+Status AddParams(const StepBinder& binder, StepTable* table, cuda::BoxTableBuilder* builder,
+                 Add&& add) {
+  const RankLayout& layout = *binder.target().layout;
+  StepWindow window;
+  for (uint32_t i = 0; i < layout.params.size(); ++i) {
+    const ParamInfo& param = layout.params[i];
+    if (param.kind != ParamKind::kRaw || !param.alias_of.empty()) continue;
+    const Status added =
+        add(i, param, host::DigestPosition{i, param.shape, Dims::Filled(param.shape.size(), 0)});
+    if (!added.ok()) return binder.Fail(added, param.name);
+    window.bytes += BytesOf(param.shape, param.dtype);
+    if (window.bytes < kVerifyWindowBytes) continue;
+    builder->EndWindow();
+    table->windows.push_back(std::exchange(window, {}));
+  }
+  if (window.bytes > 0) table->windows.push_back(window);
+  builder->EndWindow();
+  table->image = std::move(*builder).Finish();
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+StatusOr<StepTable> BuildParamCopyTable(const StepBinder& binder, std::span<const Binding> from) {
+  StepTable table;
+  for (const Binding& binding : from) table.ranges.Add(binding);
+  const std::vector<Binding>& to = binder.target().params;
+  for (const Binding& binding : to) table.ranges.Add(binding);
+  cuda::BoxTableBuilder builder(table.ranges.sizes(), static_cast<uint32_t>(to.size()));
+  WEIGHTD_RETURN_IF_ERROR(AddParams(
+      binder, &table, &builder,
+      [&](uint32_t i, const ParamInfo& param, const host::DigestPosition& position) {
+        return builder.AddCopy(
+            table.ranges.Locate(from[i].base, param.dtype, param.shape, from[i].strides),
+            table.ranges.Locate(to[i].base, param.dtype, param.shape, to[i].strides), &position, i);
+      }));
+  return table;
+}
+
+StatusOr<StepTable> BuildParamTable(const StepBinder& binder) {
+  StepTable table;
+  const std::vector<Binding>& to = binder.target().params;
+  for (const Binding& binding : to) table.ranges.Add(binding);
+  cuda::BoxTableBuilder builder(table.ranges.sizes(), static_cast<uint32_t>(to.size()));
+  WEIGHTD_RETURN_IF_ERROR(AddParams(
+      binder, &table, &builder,
+      [&](uint32_t i, const ParamInfo& param, const host::DigestPosition& position) {
+        return builder.AddDigest(
+            table.ranges.Locate(to[i].base, param.dtype, param.shape, to[i].strides), position, i);
+      }));
+  return table;
+}
+
 StatusOr<StepTable> BuildShardTable(const BoundPlan& plan, const StepBinder& binder, uint32_t rank,
                                     uint32_t tensor, uint32_t shard) {
   StepTable table;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <span>
 #include <vector>
 
 #include "daemon/base/status.h"
@@ -52,6 +53,11 @@ StatusOr<StepTable> BuildTransferTable(const BoundPlan& plan, const StepBinder& 
 /// The layout's writes as they should lie in the engine's memory. It follows the layout, not the
 /// plan's copies: a copy that the plan lacks shows as a difference. \pre, \error as above
 StatusOr<StepTable> BuildVerifyTable(const StepBinder& binder);
+
+/// The raw parameters of the engine rank, whole, copied from `from`: one word per parameter.
+StatusOr<StepTable> BuildParamCopyTable(const StepBinder& binder, std::span<const Binding> from);
+/// The same parameters where they should have landed.
+StatusOr<StepTable> BuildParamTable(const StepBinder& binder);
 
 /// One shard in its own dtype; the table has one word.
 StatusOr<StepTable> BuildShardTable(const BoundPlan& plan, const StepBinder& binder, uint32_t rank,
