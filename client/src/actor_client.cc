@@ -230,7 +230,8 @@ std::vector<ActorClient::Request> ActorClient::Registration() {
   last->set_table_digest(digest.data(), digest.size());
   last->set_num_tensors(static_cast<uint32_t>(registration_->table.size()));
   last->set_staged(registration_->staged);
-  last->set_device(identity_.device);
+  const std::string& gpu = registration_->segments.cuda().device();
+  last->set_device(gpu.empty() ? identity_.device : gpu);
   return requests;
 }
 

@@ -97,10 +97,10 @@ StatusOr<CudaSegment> CudaSegmentSet::Describe(DevicePtr address) {
   WEIGHTD_RETURN_IF_ERROR(DescribeDevice(address, &segment));
   WEIGHTD_ASSIGN_OR_RETURN(const cuda::ScopedPrimaryContext current,
                            cuda::ScopedPrimaryContext::Enter(*driver_, ordinal_));
-  bool legacy = false;
+  uint32_t legacy = 0;
   driver_->GetAttribute(PointerAttribute::kIsLegacyIpcCapable, address, &legacy);
-  WEIGHTD_RETURN_IF_ERROR(legacy ? DescribeAllocation(address, &segment)
-                                 : DescribePiece(address, &segment));
+  WEIGHTD_RETURN_IF_ERROR(legacy != 0 ? DescribeAllocation(address, &segment)
+                                      : DescribePiece(address, &segment));
   return segment;
 }
 
@@ -108,10 +108,10 @@ Status CudaSegmentSet::DescribeDevice(DevicePtr address, CudaSegment* segment) {
   unsigned type = 0;
   const bool known =
       driver_->GetAttribute(PointerAttribute::kMemoryType, address, &type) == cuda::kSuccess;
-  if (!known || type != cuda::kMemoryTypeDevice) return NotGpuMemory(address);
-  bool managed = false;
+  uint32_t managed = 0;
   driver_->GetAttribute(PointerAttribute::kIsManaged, address, &managed);
-  if (managed) return CannotLend("it is managed memory");
+  if (known && managed != 0) return CannotLend("it is managed memory");
+  if (!known || type != cuda::kMemoryTypeDevice) return NotGpuMemory(address);
   cuda::DeviceOrdinal ordinal = 0;
   WEIGHTD_RETURN_IF_ERROR(
       driver_->ToStatus(driver_->GetAttribute(PointerAttribute::kDeviceOrdinal, address, &ordinal),

@@ -70,12 +70,11 @@ inline constexpr int kHandlePosixFd = 1;
 enum class PointerAttribute : int {
   kMemoryType = 2,           ///< unsigned
   kBufferId = 7,             ///< uint64_t, unique in a process
-  kIsManaged = 8,            ///< bool
+  kIsManaged = 8,            ///< a flag, in a zeroed uint32_t
   kDeviceOrdinal = 9,        ///< int
-  kIsLegacyIpcCapable = 10,  ///< bool
+  kIsLegacyIpcCapable = 10,  ///< likewise
   kRangeStart = 11,          ///< DevicePtr
   kRangeSize = 12,           ///< size_t
-  kAllowedHandleTypes = 14,  ///< uint64_t, bits of CUmemAllocationHandleType
   kMempoolHandle = 17,       ///< pointer
   kMappingSize = 18,         ///< size_t
   kMappingBase = 19,         ///< DevicePtr

@@ -11,15 +11,12 @@ namespace weightd::testing {
 
 struct MoreDriver {
   cuda::Result (*MemAlloc)(cuda::DevicePtr* pointer, size_t size);
-  cuda::Result (*MemFree)(cuda::DevicePtr pointer);
-  cuda::Result (*MemAllocManaged)(cuda::DevicePtr* pointer, size_t size, unsigned flags);
   cuda::Result (*MemAllocAsync)(cuda::DevicePtr* pointer, size_t size, CUstream_st* stream);
   cuda::Result (*MemCreate)(cuda::AllocationHandle* handle, size_t size,
                             const cuda::AllocationProperties* properties, unsigned long long flags);
   cuda::Result (*MemcpyHtoD)(cuda::DevicePtr to, const void* from, size_t size);
   cuda::Result (*MemGetInfo)(size_t* free, size_t* total);
   cuda::Result (*CtxSynchronize)();
-  cuda::Result (*StreamCreate)(CUstream_st** stream, unsigned flags);
 };
 
 inline MoreDriver LoadMoreDriver() {
@@ -30,14 +27,11 @@ inline MoreDriver LoadMoreDriver() {
         reinterpret_cast<std::remove_reference_t<decltype(function)>>(::dlsym(library, name));
   };
   find(driver.MemAlloc, "cuMemAlloc_v2");
-  find(driver.MemFree, "cuMemFree_v2");
-  find(driver.MemAllocManaged, "cuMemAllocManaged");
   find(driver.MemAllocAsync, "cuMemAllocAsync");
   find(driver.MemCreate, "cuMemCreate");
   find(driver.MemcpyHtoD, "cuMemcpyHtoD_v2");
   find(driver.MemGetInfo, "cuMemGetInfo_v2");
   find(driver.CtxSynchronize, "cuCtxSynchronize");
-  find(driver.StreamCreate, "cuStreamCreate");
   return driver;
 }
 

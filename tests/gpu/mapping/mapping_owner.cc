@@ -50,7 +50,6 @@ cuda::DevicePtr Allocate(const std::string& kind, const cuda::Driver& driver,
   cuda::DevicePtr base = 0;
   const size_t bytes = kElements * 4 + kOffsetBytes;
   if (kind == "whole") WEIGHTD_CHECK(more.MemAlloc(&base, bytes) == 0);
-  if (kind == "managed") WEIGHTD_CHECK(more.MemAllocManaged(&base, bytes, 1) == 0);
   if (kind == "pool") WEIGHTD_CHECK(more.MemAllocAsync(&base, bytes, nullptr) == 0);
   if (kind == "pieces") base = MapPieces(driver, more, kPieces, cuda::kHandlePosixFd);
   if (kind == "hidden") base = MapPieces(driver, more, kPieces, 0);

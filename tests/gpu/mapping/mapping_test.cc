@@ -192,7 +192,7 @@ TEST_CASE("a killed owner leaves its memory only until the mapping is closed", "
 }
 
 TEST_CASE("memory that cannot be mapped is refused with a remedy", "[gpu]") {
-  const std::string kind = GENERATE("hidden", "pool", "managed");
+  const std::string kind = GENERATE("hidden", "pool");
   CAPTURE(kind);
   WorkerSide worker;
   Owner owner(kind);
