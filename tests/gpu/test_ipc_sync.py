@@ -8,7 +8,8 @@ from typing import Any, Iterator
 import pytest
 import torch
 
-from tests.support.cluster import Cluster, EngineProcess
+from tests.support.cluster import Cluster
+from tests.support.peer import Peer, ask_all
 from weightd import new_group
 
 VERSIONS = (1, 2, 3)
@@ -35,14 +36,20 @@ class Bench:
         self.cluster = Cluster(f'[worker]\ndevices = ["{gpu}"]\n')
         try:
             self.trainers = [
-                self.cluster.start_peer(f"trainer{i}", TRAINER, environment) for i in range(2)
+                Peer(self.cluster, f"trainer{i}", TRAINER, environment) for i in range(2)
             ]
             self.engines = [
-                self.cluster.start_peer(f"engines{i}", ENGINES, environment) for i in range(2)
+                Peer(self.cluster, f"engines{i}", ENGINES, environment) for i in range(2)
             ]
         except BaseException:
             self.cluster.close()
             raise
+
+    def close(self) -> None:
+        """Ends all of it."""
+        for peer in (*self.trainers, *self.engines):
+            peer.close()
+        self.cluster.close()
 
 
 @pytest.fixture(scope="module", params=("cudaMalloc", "expandable_segments"))
@@ -50,17 +57,10 @@ def bench(gpu: str, request: pytest.FixtureRequest) -> Iterator[Bench]:
     """One per kind of torch's allocator."""
     made = Bench(gpu, EXPANDABLE if request.param == "expandable_segments" else {})
     yield made
-    made.cluster.close()
+    made.close()
 
 
-def ask_all(peers: list[EngineProcess], operation: str, **arguments: Any) -> list[Any]:
-    """Asks several processes at once."""
-    for peer in peers:
-        peer.ask(operation, **arguments)
-    return [peer.answer(operation) for peer in peers]
-
-
-def save_source(trainers: list[EngineProcess], folder: Path) -> Path:
+def save_source(trainers: list[Peer], folder: Path) -> Path:
     """Gathers what the trainer ranks hold now into one file of full tensors."""
     parts = []
     for rank, trainer in enumerate(trainers):
@@ -117,3 +117,38 @@ def test_engines_on_the_gpu_hold_the_golden_layout(
         for process, key in engines:
             process.call("close", key=key)
         ask_all(bench.trainers, "close_all")
+
+
+def test_an_fsdp2_module_trained_on_the_gpu(bench: Bench, tmp_path: Path) -> None:
+    config = {**CONFIG, "max_position_embeddings": 32}
+    config.pop("model_type")
+    trainer, (engine, other) = bench.trainers[0], bench.engines
+    model, key = "fsdp2", "fsdp2/0"
+    engine.call(
+        "open", key=key, device="cuda", model=model, engine="e0", dtype="bfloat16",
+        architecture="LlamaForCausalLM", config=CONFIG, tp_rank=0, tp_size=1,
+    )  # fmt: skip
+    try:
+        trainer.call(
+            "open_fsdp2", model=model, group=new_group(), config=config, store=str(tmp_path / "s")
+        )
+        for version in VERSIONS:
+            trainer.call("train")
+            ack = trainer.call("sync", version=version)
+            assert ack.get("committed") == 1, ack
+            source = save_source([trainer], tmp_path)
+            assert engine.call("check", key=key, version=version, source=str(source)) == []
+        # An engine that comes late is filled from the one that serves, without the trainer.
+        late = "fsdp2/1"
+        other.call(
+            "open", key=late, device="cuda", model=model, engine="e1", dtype="bfloat16",
+            architecture="LlamaForCausalLM", config=CONFIG, tp_rank=0, tp_size=1,
+        )  # fmt: skip
+        found = other.call("check", key=late, version=VERSIONS[-1], source=str(source))
+        other.call("close", key=late)
+        assert found == []
+    except AssertionError as error:
+        pytest.fail(f"{error}\n{bench.cluster.logs()}")
+    finally:
+        engine.call("close", key=key)
+        trainer.call("close_all")

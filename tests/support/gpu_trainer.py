@@ -2,7 +2,7 @@
 
     python -m tests.support.gpu_trainer ADDRESS
 
-Operations: open, step, save, sync, usable; see the methods of the same names.
+Operations: open, open_fsdp2, train, step, save, sync, usable; see the methods of the same names.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Trainer:
         self._address = address
         self._actor: Optional[Actor] = None
         self._local: dict[str, torch.Tensor] = {}
+        self._module: Any = None
+        self._optimizer: Any = None
 
     def open(
         self,
@@ -62,6 +64,37 @@ class Trainer:
         )
         self._actor.register(source)
         return self._actor.state
+
+    def open_fsdp2(
+        self, model: str, group: str, config: dict[str, Any], store: str
+    ) -> dict[str, Any]:
+        """Makes an FSDP2 model of one rank over NCCL and registers the module."""
+        import torch.distributed as dist
+        from torch.distributed.fsdp import fully_shard
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1)
+        torch.manual_seed(7)
+        module = LlamaForCausalLM(LlamaConfig(**config)).to("cuda")
+        for layer in module.model.layers:
+            fully_shard(layer)
+        self._module = fully_shard(module)
+        self._optimizer = torch.optim.AdamW(self._module.parameters(), lr=0.01)
+        self._local = {
+            name: tensor._local_tensor for name, tensor in self._module.state_dict().items()
+        }
+        self._actor = Actor(self._address, model=model, group=group)
+        self._actor.register(self._module)
+        return self._actor.state
+
+    def train(self) -> float:
+        """One step of training on the GPU; returns without waiting for it, but for its loss."""
+        tokens = torch.randint(0, self._module.config.vocab_size, (2, 16), device="cuda")
+        loss = self._module(tokens, labels=tokens).loss
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item()
 
     def step(self, version: int, busy: bool = False) -> None:
         """Changes every element; with ``busy`` long after this returns, on a stream of its own."""
