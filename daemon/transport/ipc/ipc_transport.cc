@@ -4,6 +4,8 @@
 #include <thread>
 #include <utility>
 
+#include "daemon/device/cuda/pitched_copy.h"
+
 namespace weightd {
 namespace {
 
@@ -25,16 +27,14 @@ std::vector<uint64_t> KeyOf(const BoundPlan& plan, size_t target, uint64_t kind)
   return key;
 }
 
-StatusOr<StepTable> BuildVerify(const BoundPlan&, const StepBinder& binder) {
-  return BuildVerifyTable(binder);
-}
-
 }  // namespace
 
 StatusOr<std::unique_ptr<IpcTransport>> IpcTransport::Create(cuda::DeviceId device,
                                                              const IpcOptions& options) {
   std::unique_ptr<IpcTransport> transport(new IpcTransport(device, options));
   WEIGHTD_ASSIGN_OR_RETURN(transport->stream_, cuda::Stream::Create(device, true));
+  WEIGHTD_ASSIGN_OR_RETURN(transport->copy_stream_, cuda::Stream::Create(device, true));
+  WEIGHTD_ASSIGN_OR_RETURN(transport->copied_, cuda::Event::Create(device));
   for (cuda::Event& event : transport->events_) {
     WEIGHTD_ASSIGN_OR_RETURN(event, cuda::Event::Create(device));
   }
@@ -69,11 +69,12 @@ StatusOr<IpcTransport::Loaded> IpcTransport::Load(StepTable step) {
   WEIGHTD_RETURN_IF_ERROR(loaded.table.SetBases(step.ranges.bases(), stream_.ref()));
   WEIGHTD_ASSIGN_OR_RETURN(loaded.words, cuda::DigestWords::Create(device_, step.image.num_words));
   loaded.windows = std::move(step.windows);
+  loaded.bases = step.ranges.bases();
   return loaded;
 }
 
-StatusOr<IpcTransport::Loaded*> IpcTransport::Find(std::vector<uint64_t> key, const BoundPlan& plan,
-                                                   const StepBinder& binder, BuildFn build) {
+StatusOr<IpcTransport::Loaded*> IpcTransport::Find(std::vector<uint64_t> key,
+                                                   const StepBinder& binder, const BuildFn& build) {
   const auto known = key.empty()
                          ? tables_.end()
                          : std::find_if(tables_.begin(), tables_.end(),
@@ -84,7 +85,7 @@ StatusOr<IpcTransport::Loaded*> IpcTransport::Find(std::vector<uint64_t> key, co
   }
   // Tables of registrations and plans that are gone are the last in the list, and go first.
   std::erase_if(tables_, [](const Loaded& loaded) { return loaded.key.empty(); });
-  WEIGHTD_ASSIGN_OR_RETURN(StepTable step, build(plan, binder));
+  WEIGHTD_ASSIGN_OR_RETURN(StepTable step, build(binder));
   WEIGHTD_ASSIGN_OR_RETURN(Loaded loaded, Load(std::move(step)));
   loaded.key = std::move(key);
   tables_.push_front(std::move(loaded));
@@ -103,10 +104,29 @@ Status IpcTransport::Await(const cuda::Event& event) {
   }
 }
 
+/// Launches the windows [first, end): kernels on one stream, the copy engine on another, which the
+/// first then waits for.
+Status IpcTransport::LaunchGroup(Loaded* loaded, uint32_t first, uint32_t end, bool remote) {
+  bool copies = false;
+  for (uint32_t w = first; w < end; ++w) {
+    for (const EngineCopy& copy : loaded->windows[w].copies) {
+      copies = true;
+      WEIGHTD_RETURN_IF_ERROR(cuda::CopyPitched(
+          copy.shape, loaded->bases[copy.from_range] + copy.from_offset,
+          loaded->bases[copy.to_range] + copy.to_offset, device_, copy_stream_.ref()));
+    }
+  }
+  WEIGHTD_RETURN_IF_ERROR(cuda::Launch(loaded->table, first, end, loaded->words,
+                                       remote ? cuda::kRemoteBlocks : local_blocks_,
+                                       stream_.ref()));
+  if (!copies) return absl::OkStatus();
+  WEIGHTD_RETURN_IF_ERROR(copied_.Record(copy_stream_.ref()));
+  return stream_.Wait(copied_.ref());
+}
+
 Status IpcTransport::RunGroups(Loaded* loaded, const StepBinder& binder, bool remote) {
   const std::vector<StepWindow>& windows = loaded->windows;
   const auto end = static_cast<uint32_t>(windows.size());
-  const int blocks = remote ? cuda::kRemoteBlocks : local_blocks_;
   const auto name_at = [&](uint32_t window) {
     return window < end ? binder.ParamAt(windows[window].first) : std::string();
   };
@@ -128,8 +148,7 @@ Status IpcTransport::RunGroups(Loaded* loaded, const StepBinder& binder, bool re
     while (launched < end && (group_bytes == 0 || group_bytes < options_.group_bytes)) {
       group_bytes += windows[launched++].bytes;
     }
-    WEIGHTD_RETURN_IF_ERROR(
-        cuda::Launch(loaded->table, first, launched, loaded->words, blocks, stream_.ref()));
+    WEIGHTD_RETURN_IF_ERROR(LaunchGroup(loaded, first, launched, remote));
     WEIGHTD_RETURN_IF_ERROR(events_[group % 2].Record(stream_.ref()));
     group_end[group % 2] = launched;
     if (group == 0) continue;
@@ -155,7 +174,9 @@ StatusOr<std::vector<uint64_t>> IpcTransport::Run(Loaded* loaded,
   Status status = run();
   if (!status.ok()) {
     // Nothing of this step may run on: its mappings are given up when this returns.
+    const Status copied = copy_stream_.Synchronize();
     const Status drained = stream_.Synchronize();
+    if (!copied.ok()) return copied;
     return drained.ok() ? status : drained;
   }
   WEIGHTD_ASSIGN_OR_RETURN(const std::span<const uint64_t> words, loaded->words.Read());
@@ -164,11 +185,11 @@ StatusOr<std::vector<uint64_t>> IpcTransport::Run(Loaded* loaded,
 
 StatusOr<RankDigests> IpcTransport::RunTarget(const BoundPlan& plan, size_t target,
                                               RunControl& control, std::string_view phase,
-                                              uint64_t kind, BuildFn build) {
+                                              uint64_t kind, const BuildFn& build) {
   StepBinder binder(plan, control, phase);
   binder.SetTarget(target);
   WEIGHTD_RETURN_IF_ERROR(binder.Check(""));
-  StatusOr<Loaded*> loaded = Find(KeyOf(plan, target, kind), plan, binder, build);
+  StatusOr<Loaded*> loaded = Find(KeyOf(plan, target, kind), binder, build);
   if (!loaded.ok()) return binder.Fail(Note(loaded.status()), "");
   const bool remote = kind == kTransfer && plan.targets[target].remote;
   StatusOr<std::vector<uint64_t>> words =
@@ -182,12 +203,17 @@ StatusOr<RankDigests> IpcTransport::RunTarget(const BoundPlan& plan, size_t targ
 
 StatusOr<RankDigests> IpcTransport::Transfer(const BoundPlan& plan, size_t target,
                                              RunControl& control) {
-  return RunTarget(plan, target, control, "transfer", kTransfer, &BuildTransferTable);
+  const bool copy_engine =
+      options_.copy_engine == IpcOptions::CopyEngine::kAlways ||
+      (options_.copy_engine == IpcOptions::CopyEngine::kPeers && plan.targets[target].remote);
+  return RunTarget(plan, target, control, "transfer", kTransfer, [&](const StepBinder& binder) {
+    return BuildTransferTable(plan, binder, copy_engine);
+  });
 }
 
 StatusOr<RankDigests> IpcTransport::Verify(const BoundPlan& plan, size_t target,
                                            RunControl& control) {
-  return RunTarget(plan, target, control, "verify", kVerify, &BuildVerify);
+  return RunTarget(plan, target, control, "verify", kVerify, &BuildVerifyTable);
 }
 
 Status IpcTransport::CopyParams(const BoundPlan& plan, size_t target, std::span<const Binding> from,

@@ -20,6 +20,10 @@
 namespace weightd {
 
 struct IpcOptions {
+  /// Large copies without a cast go through the copy engine: to peers it reaches the link's rate
+  /// and a kernel does not; on one GPU a kernel is faster, since it digests in the same pass.
+  enum class CopyEngine : uint8_t { kPeers, kAlways, kNever };
+  CopyEngine copy_engine = CopyEngine::kPeers;
   /// Most device memory of tables kept for replay; a larger table is kept alone.
   uint64_t table_bytes = 24u << 20;
   /// Bytes landed between two looks at cancellation; the GPU gets two such groups ahead.
@@ -58,25 +62,28 @@ class IpcTransport final : public Transport {
     cuda::BoxTable table;
     cuda::DigestWords words;
     std::vector<StepWindow> windows;
+    std::vector<std::byte*> bases;  ///< of the ranges, for the copy engine
   };
-  using BuildFn = StatusOr<StepTable> (*)(const BoundPlan& plan, const StepBinder& binder);
+  using BuildFn = std::function<StatusOr<StepTable>(const StepBinder& binder)>;
 
   IpcTransport(cuda::DeviceId device, const IpcOptions& options)
       : device_(device), options_(options) {}
   StatusOr<RankDigests> RunTarget(const BoundPlan& plan, size_t target, RunControl& control,
-                                  std::string_view phase, uint64_t kind, BuildFn build);
+                                  std::string_view phase, uint64_t kind, const BuildFn& build);
   StatusOr<Loaded> Load(StepTable step);
-  StatusOr<Loaded*> Find(std::vector<uint64_t> key, const BoundPlan& plan, const StepBinder& binder,
-                         BuildFn build);
+  StatusOr<Loaded*> Find(std::vector<uint64_t> key, const StepBinder& binder, const BuildFn& build);
   void MakeRoom();
   StatusOr<std::vector<uint64_t>> Run(Loaded* loaded, const std::function<Status()>& launch);
   Status RunGroups(Loaded* loaded, const StepBinder& binder, bool remote);
+  Status LaunchGroup(Loaded* loaded, uint32_t first, uint32_t end, bool remote);
   Status Await(const cuda::Event& event);
   Status Note(Status status);
 
   const cuda::DeviceId device_;
   const IpcOptions options_;
   cuda::Stream stream_;
+  cuda::Stream copy_stream_;  ///< of the copy engine; joined to stream_ after every group
+  cuda::Event copied_;
   cuda::Event events_[2];
   int local_blocks_ = 0;
   bool broken_ = false;

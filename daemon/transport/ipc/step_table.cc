@@ -1,6 +1,9 @@
 #include "daemon/transport/ipc/step_table.h"
 
+#include <optional>
 #include <utility>
+
+#include "daemon/device/mapping.h"
 
 namespace weightd {
 namespace {
@@ -18,14 +21,33 @@ Status Staged(const std::string& tensor) {
                "shard has no GPU memory: tensor={}", tensor);
 }
 
-/// Adds one copied item to a table.
-Status AddCopied(const RangeList& ranges, const BlockItem& item, cuda::BoxTableBuilder* builder) {
+/// What makes a copy engine worth its launch, and its rows as fast as the link.
+constexpr uint64_t kEngineBytes = 1 << 20;
+constexpr uint64_t kEngineRowBytes = 8 << 10;
+
+bool SuitsEngine(const std::optional<cuda::PitchedCopy>& copy) {
+  return copy.has_value() && copy->rows * copy->row_bytes >= kEngineBytes &&
+         (copy->rows == 1 || copy->row_bytes >= kEngineRowBytes);
+}
+
+/// Adds one copied item to a table, or to `copies` and its digest to the table.
+Status AddCopied(const RangeList& ranges, const BlockItem& item, std::vector<EngineCopy>* copies,
+                 cuda::BoxTableBuilder* builder) {
   const auto word = static_cast<uint32_t>(item.word);
   const cuda::RangeBlock to =
       ranges.Locate(item.to.base, item.to.dtype, item.to.extent, item.to.strides);
   if (item.zero_fill) return builder->AddZero(to, word);
   const cuda::RangeBlock from =
       ranges.Locate(item.from.base, item.from.dtype, item.from.extent, item.from.strides);
+  if (copies != nullptr) {
+    const std::optional<cuda::PitchedCopy> pitched = cuda::AsPitchedCopy(from, to);
+    if (SuitsEngine(pitched)) {
+      WEIGHTD_RETURN_IF_ERROR(ranges.CheckWritten(to));
+      WEIGHTD_RETURN_IF_ERROR(builder->AddDigest(from, item.position, word));
+      copies->push_back({*pitched, from.range, from.offset_bytes, to.range, to.offset_bytes});
+      return absl::OkStatus();
+    }
+  }
   return builder->AddCopy(from, to, &item.position, word);
 }
 
@@ -65,13 +87,20 @@ cuda::RangeBlock RangeList::Locate(const std::byte* base, DType dtype, const Dim
   return block;
 }
 
+Status RangeList::CheckWritten(const cuda::RangeBlock& block) const {
+  const auto range = by_base_.find(bases_[block.range]);
+  return CheckBlockInside(range->second.second, block.offset_bytes, block.extent, block.strides,
+                          SizeBytes(block.dtype), true);
+}
+
 std::vector<uint64_t> RangeList::sizes() const {
   std::vector<uint64_t> sizes(bases_.size());
   for (const auto& [base, entry] : by_base_) sizes[entry.first] = entry.second;
   return sizes;
 }
 
-StatusOr<StepTable> BuildTransferTable(const BoundPlan& plan, const StepBinder& binder) {
+StatusOr<StepTable> BuildTransferTable(const BoundPlan& plan, const StepBinder& binder,
+                                       bool copy_engine) {
   StepTable table;
   for (const std::vector<Binding>& rank : plan.sources) {
     for (const Binding& binding : rank) table.ranges.Add(binding);
@@ -80,6 +109,7 @@ StatusOr<StepTable> BuildTransferTable(const BoundPlan& plan, const StepBinder& 
   cuda::BoxTableBuilder builder(table.ranges.sizes(), static_cast<uint32_t>(binder.num_words()));
   const RankPlan& rank_plan = *binder.target().plan;
   for (const Window& window : rank_plan.windows) {
+    StepWindow step{window.bytes, rank_plan.copies[window.begin].write, {}};
     for (uint32_t i = window.begin; i < window.end; ++i) {
       const Copy copy = rank_plan.copies[i];
       WEIGHTD_ASSIGN_OR_RETURN(const BlockItem item, binder.BindCopy(copy));
@@ -87,11 +117,12 @@ StatusOr<StepTable> BuildTransferTable(const BoundPlan& plan, const StepBinder& 
         const std::string& name = (*plan.table)[item.position.tensor].name;
         return binder.Fail(Staged(name), name);
       }
-      const Status added = AddCopied(table.ranges, item, &builder);
+      const Status added =
+          AddCopied(table.ranges, item, copy_engine ? &step.copies : nullptr, &builder);
       if (!added.ok()) return binder.Fail(added, binder.ParamAt(copy.write));
     }
     builder.EndWindow();
-    table.windows.push_back({window.bytes, rank_plan.copies[window.begin].write});
+    table.windows.push_back(std::move(step));
   }
   table.image = std::move(builder).Finish();
   return table;
@@ -111,7 +142,7 @@ StatusOr<StepTable> BuildVerifyTable(const StepBinder& binder) {
     if (window.bytes < kVerifyWindowBytes && w + 1 < num_writes) continue;
     builder.EndWindow();
     table.windows.push_back(window);
-    window = {0, static_cast<uint32_t>(w + 1)};
+    window = {0, static_cast<uint32_t>(w + 1), {}};
   }
   table.image = std::move(builder).Finish();
   return table;
@@ -190,7 +221,7 @@ StatusOr<StepTable> BuildShardTable(const BoundPlan& plan, const StepBinder& bin
                         {tensor, info.shape, held.origin}, 0);
   if (!added.ok()) return binder.Fail(added, info.name);
   builder.EndWindow();
-  table.windows.push_back({BytesOf(held.extent, info.dtype), 0});
+  table.windows.push_back({BytesOf(held.extent, info.dtype), 0, {}});
   table.image = std::move(builder).Finish();
   return table;
 }

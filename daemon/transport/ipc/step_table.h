@@ -25,6 +25,9 @@ class RangeList {
   cuda::RangeBlock Locate(const std::byte* base, DType dtype, const Dims& extent,
                           const Dims& strides) const;
 
+  /// OK if a block that is written lies in its range and does not overlap itself.
+  Status CheckWritten(const cuda::RangeBlock& block) const;
+
   std::vector<uint64_t> sizes() const;
   const std::vector<std::byte*>& bases() const { return bases_; }
 
@@ -33,10 +36,20 @@ class RangeList {
   std::vector<std::byte*> bases_;                                      ///< by number
 };
 
-/// A window as progress tells it.
+/// A copy that the copy engine makes, while a kernel digests its source.
+struct EngineCopy {
+  cuda::PitchedCopy shape;
+  uint32_t from_range = 0;
+  uint64_t from_offset = 0;  ///< bytes
+  uint32_t to_range = 0;
+  uint64_t to_offset = 0;
+};
+
+/// A window as progress tells it, and what of it the table leaves to the copy engine.
 struct StepWindow {
   uint64_t bytes = 0;  ///< landed or read
   uint32_t first = 0;  ///< position of its first write in the layout
+  std::vector<EngineCopy> copies;
 };
 
 struct StepTable {
@@ -45,10 +58,12 @@ struct StepTable {
   std::vector<StepWindow> windows;
 };
 
-/// All windows of targets[target] of a bound plan. \pre binder.SetTarget(target) was called
+/// All windows of targets[target] of a bound plan. `copy_engine`: large copies without a cast that
+/// have few, long rows are left to it. \pre binder.SetTarget(target) was called
 /// \error FAILED_PRECONDITION MEMORY_MOVED if memory is missing or staged
 /// \error INVALID_ARGUMENT SHAPE / DTYPE if a block leaves its segment or cannot be cast
-StatusOr<StepTable> BuildTransferTable(const BoundPlan& plan, const StepBinder& binder);
+StatusOr<StepTable> BuildTransferTable(const BoundPlan& plan, const StepBinder& binder,
+                                       bool copy_engine);
 
 /// The layout's writes as they should lie in the engine's memory. It follows the layout, not the
 /// plan's copies: a copy that the plan lacks shows as a difference. \pre, \error as above

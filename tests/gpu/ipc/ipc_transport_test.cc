@@ -115,6 +115,32 @@ TEST_CASE("bytes and digests equal the host transport's", "[gpu]") {
   }
 }
 
+TEST_CASE("the copy engine lands the same bytes under the same digests", "[gpu]") {
+  PlanFixture fixture(2);
+  const uint32_t whole = fixture.AddTensor("whole", {512, 4096});
+  const uint32_t wide = fixture.AddTensor("wide", {512, 8192});
+  const uint32_t param = fixture.AddParam("param", {1024, 4096});
+  fixture.AddWrite(whole, WholeBox({512, 4096}), param, {0, 0}, {0, 1});
+  fixture.AddWrite(wide, {{0, 4096}, {512, 4096}}, param, {512, 0}, {0, 1});
+  fixture.Finish(2);
+  // The same memory read as bfloat16, so that nothing is cast.
+  TensorTable table = *fixture.plan().table;
+  for (TensorInfo& tensor : table) tensor.dtype = DType::kBFloat16;
+  fixture.plan().table = &table;
+  OnGpu gpu(&fixture);
+  RunControl control;
+  ShmTransport host({.num_threads = 1});
+  const auto wanted = host.Transfer(fixture.plan(), 0, control);
+  REQUIRE(wanted.ok());
+  const auto transport = MakeTransport({.copy_engine = IpcOptions::CopyEngine::kAlways});
+  const auto sent = transport->Transfer(gpu.plan(), 0, control);
+  INFO(Message(sent.status()));
+  REQUIRE(sent.ok());
+  CHECK(*sent == *wanted);
+  CHECK(gpu.Params() == fixture.params());
+  CHECK(*transport->Verify(gpu.plan(), 0, control) == *wanted);
+}
+
 TEST_CASE("a changed element of the engine's memory changes its digest", "[gpu]") {
   PlanFixture fixture(1);
   Describe(&fixture);
