@@ -1,4 +1,4 @@
-"""GPU tests run only where a GPU is; tests/gpu/run.sh says so with exit status 77."""
+"""GPU tests run only where a GPU is; tests/gpu/run_sync.sh says so with exit status 77."""
 
 from __future__ import annotations
 

@@ -88,6 +88,16 @@ __global__ void ReadKernel(const uint4* from, uint64_t count, unsigned* sink) {
   if (sum == 0x12345678U) *sink = sum;
 }
 
+__global__ void FillKernel(uint32_t* to, uint64_t count, bool float32) {
+  const uint64_t stride = uint64_t{gridDim.x} * kThreads;
+  for (uint64_t i = blockIdx.x * uint64_t{kThreads} + threadIdx.x; i < count; i += stride) {
+    uint64_t bits = (i + 1) * 0x9e3779b97f4a7c15ULL;
+    bits = (bits ^ (bits >> 31)) * 0xbf58476d1ce4e5b9ULL;
+    const auto word = static_cast<uint32_t>(bits >> 32);
+    to[i] = float32 ? (word & 0x83ffffffU) | 0x3c000000U : (word & 0x83ff83ffU) | 0x3c003c00U;
+  }
+}
+
 unsigned Blocks(uint64_t count, const Shape& shape) {
   if (shape.blocks_per_sm == 0) {
     const uint64_t per_block = uint64_t{kThreads} * static_cast<unsigned>(shape.vectors);
@@ -144,6 +154,11 @@ int Read(const void* from, uint64_t size_bytes, void* sink, const Shape& shape,
     ReadKernel<kVectors, kStreaming><<<Blocks(count, shape), kThreads, 0, stream>>>(
         static_cast<const uint4*>(from), count, static_cast<unsigned*>(sink));
   });
+}
+
+int Fill(void* to, uint64_t size_bytes, bool float32, CUstream_st* stream) {
+  FillKernel<<<1024, kThreads, 0, stream>>>(static_cast<uint32_t*>(to), size_bytes / 4, float32);
+  return cudaGetLastError();
 }
 
 }  // namespace weightd::floors

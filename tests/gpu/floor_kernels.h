@@ -24,4 +24,8 @@ int Cast(const void* from, void* to, uint64_t elements, const Shape& shape, CUst
 int Read(const void* from, uint64_t size_bytes, void* sink, const Shape& shape,
          CUstream_st* stream);
 
+/// Fills with values like weights: random signs and significands, exponents of 2^-7 to 2^0, as
+/// float32, or as bfloat16 pairs.
+int Fill(void* to, uint64_t size_bytes, bool float32, CUstream_st* stream);
+
 }  // namespace weightd::floors

@@ -1,49 +1,77 @@
 #!/usr/bin/env bash
-# GPU tests and benchmarks, unattended. Where there is no GPU it says why and ends with status 77.
-#   tests/gpu/run.sh             in a checkout: uses build/test
-#   OUT_DIR/tests/gpu/run.sh     in a folder that tests/gpu/bundle.sh packed
-#   --tests or --bench           only these
-# Logs and figures go to $WEIGHTD_RESULTS (default: a folder under /tmp), one file each.
+# Runs the GPU tests, the memory checkers and benchmark P11 unattended on a machine with a GPU.
+#   tests/gpu/run.sh                       with the binaries of build/test
+#   tests/gpu/run.sh --pack FOLDER         copies script, binaries, libraries and data into FOLDER, which runs
+#                                          elsewhere (x86-64, a driver for CUDA 13, nothing else installed)
+#   FOLDER/run.sh [tests] [sanitizer] [bench [ARGUMENTS OF box_bench]]    some of it; by default all
+# Writes logs and figures (one line of JSON each) below $OUT, by default ./gpu-results. Exits 77 with the reason where
+# there is no GPU, 1 if anything failed.
 set -uo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-bin="$root/bin"
-[ -x "$bin/weightd" ] || bin="$root/build/test/bin"
-python="${PYTHON:-python3}"
-[ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
-export WEIGHTD_BIN="$bin/weightd" WEIGHTCTL_BIN="$bin/weightctl" WEIGHTD_LIBRARY="$bin/libweightd.so"
-export PYTHONPATH="$root/client/python:$root" NCCL_NVLS_ENABLE=0
-results="${WEIGHTD_RESULTS:-$(mktemp -d -t weightd-gpu-XXXXXX)}"
-mkdir -p "$results"
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SANITIZED_SEEDS=2
 
-reason="$("$python" -c 'from tests.support.gpu import missing_gpu; print(missing_gpu())' 2>&1)"
-if [ -n "$reason" ]; then
-  echo "GPU tests are skipped: $reason"
-  exit 77
+pack() {
+  local to="$1" build="$HERE/../../build/test/gpu" binary
+  mkdir -p "$to/lib" "$to/data/casts" || exit 1
+  cp "$HERE/run.sh" "$build"/* "$to/" && cp "$HERE"/../data/casts/* "$to/data/casts/" || exit 1
+  for binary in "$build"/*; do
+    # Everything but the C library, which belongs to the machine.
+    ldd "$binary" | awk '$2 == "=>" { print $3 }' | grep -vE '/(libc|libm|libdl|librt|libpthread)\.so' |
+      xargs -r cp -L -t "$to/lib" || exit 1
+  done
+  du -sh "$to"
+}
+
+if [ "${1:-}" = "--pack" ]; then
+  pack "${2:?a folder}"
+  exit 0
 fi
 
-what="${1:-}"
-failed=()
-run() {
-  local name="$1" start=$SECONDS
+BIN="$HERE"
+if [ -d "$HERE/lib" ]; then
+  export LD_LIBRARY_PATH="$HERE/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" WEIGHTD_TEST_DATA="$HERE/data"
+else
+  BIN="$HERE/../../build/test/gpu"
+fi
+OUT="${OUT:-$PWD/gpu-results}"
+mkdir -p "$OUT"
+STEPS=" $* "
+[ $# -gt 0 ] || STEPS=" tests sanitizer bench "
+failed=0
+
+step() {
+  local name="$1"
   shift
-  if "$@" > "$results/$name.log" 2>&1; then
-    echo "ok      $name ($((SECONDS - start)) s)"
-  else
-    echo "FAILED  $name ($((SECONDS - start)) s, status $?)"
-    tail -n 40 "$results/$name.log"
-    failed+=("$name")
+  local begin=$SECONDS
+  "$@" > "$OUT/$name.log" 2>&1
+  local code=$?
+  echo "$name: exit $code after $((SECONDS - begin)) s"
+  if [ $code -eq 77 ]; then
+    cat "$OUT/$name.log"
+    exit 77
+  fi
+  if [ $code -ne 0 ]; then
+    tail -n 40 "$OUT/$name.log"
+    failed=1
   fi
 }
 
-if [ "$what" != --bench ]; then
-  for test in "$bin"/*_test "$root"/build/test/tests/gpu/*/*_test; do
-    [ -x "$test" ] && run "$(basename "$test")" "$test"
-  done
-  run end_to_end "$python" -m pytest -q -x -p no:cacheprovider "$root/tests/gpu"
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv > "$OUT/machine.log" 2>&1
+cat "$OUT/machine.log"
+[[ "$STEPS" == *" tests "* ]] && step tests "$BIN/gpu_test"
+if [[ "$STEPS" == *" sanitizer "* ]]; then
+  if command -v compute-sanitizer > "$OUT/sanitizer-path.log"; then
+    export WEIGHTD_GPU_TEST_SEEDS=$SANITIZED_SEEDS
+    for tool in memcheck racecheck; do
+      step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$BIN/gpu_test" "~boxes beyond four gigabytes*" "~errors name*"
+    done
+    unset WEIGHTD_GPU_TEST_SEEDS
+  else
+    echo "sanitizer: left out, no compute-sanitizer on the PATH"
+  fi
 fi
-if [ "$what" != --tests ]; then
-  run gpu_sync_bench "$python" -m tests.bench.gpu_sync_bench
-  grep -h RESULT "$results"/*.log
+if [[ "$STEPS" == *" bench "* ]]; then
+  step bench "$BIN/box_bench" ${STEPS##* bench }
+  cat "$OUT/bench.log"
 fi
-echo "logs: $results"
-[ ${#failed[@]} -eq 0 ]
+exit $failed

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <cstdint>
+#include <string>
+
 #include "daemon/base/status.h"
 #include "daemon/device/cuda/handles.h"
 
@@ -11,6 +14,12 @@ Status CheckAvailable();
 
 /// Multiprocessors of a device. \error UNAVAILABLE DEVICE
 StatusOr<int> NumMultiprocessors(DeviceId device);
+
+/// The product's name, e.g. "NVIDIA H200". \error UNAVAILABLE DEVICE
+StatusOr<std::string> DeviceName(DeviceId device);
+
+/// Memory that nobody has allocated. Starts this process's context. \error UNAVAILABLE DEVICE
+StatusOr<uint64_t> FreeBytes(DeviceId device);
 
 /// Makes a device current for this thread while it lives, then the one that was. Never throws; if
 /// the device cannot be made current, the calls that follow fail and say so.

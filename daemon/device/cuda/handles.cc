@@ -32,6 +32,21 @@ StatusOr<int> NumMultiprocessors(DeviceId device) {
   return count;
 }
 
+StatusOr<std::string> DeviceName(DeviceId device) {
+  cudaDeviceProp properties;
+  WEIGHTD_RETURN_IF_ERROR(FromCuda(cudaGetDeviceProperties(&properties, static_cast<int>(device)),
+                                   "cannot read the GPU's properties"));
+  return std::string(properties.name);
+}
+
+StatusOr<uint64_t> FreeBytes(DeviceId device) {
+  const DeviceGuard guard(device);
+  size_t free = 0, total = 0;
+  WEIGHTD_RETURN_IF_ERROR(
+      FromCuda(cudaMemGetInfo(&free, &total), "cannot read how much GPU memory is free"));
+  return uint64_t{free};
+}
+
 DeviceGuard::DeviceGuard(DeviceId device) {
   int current = -1;
   Forget(cudaGetDevice(&current));

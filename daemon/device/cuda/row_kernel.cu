@@ -156,27 +156,35 @@ __device__ __forceinline__ uint64_t RunElements(const Work& work, uint32_t begin
   return sum;
 }
 
-// The whole vectors of a unit; returns their digest before the row weight.
-template <class Op>
+// The whole vectors of a unit; returns their digest before the row weight. kLanes: the unit's lanes
+// where they are known, so that distances are constants; else 0.
+template <class Op, uint32_t kLanes>
 __device__ __forceinline__ uint64_t RunVectors(const Work& work, uint32_t num_vectors,
                                                const uint32_t* weights, bool digest) {
-  const uint32_t lanes = work.box->lanes;
+  const uint32_t lanes = kLanes != 0 ? kLanes : work.box->lanes;
+  const unsigned char* from = work.from + work.lane * Op::kFromBytes;
+  unsigned char* to = work.to + work.lane * kVectorBytes;
+  weights += work.lane * (kVectorBytes / 4);
   uint64_t acc = 0;
   for (uint32_t v = work.lane; v < num_vectors; v += lanes * Op::kBatch) {
     typename Op::In in[Op::kBatch];
 #pragma unroll
     for (unsigned j = 0; j < Op::kBatch; ++j) {
-      const uint32_t at = v + j * lanes;
-      if (at < num_vectors) in[j] = Op::Load(work.from + at * Op::kFromBytes);
+      if (v + j * lanes < num_vectors) in[j] = Op::Load(from + j * lanes * Op::kFromBytes);
     }
 #pragma unroll
     for (unsigned j = 0; j < Op::kBatch; ++j) {
-      const uint32_t at = v + j * lanes;
-      if (at >= num_vectors) continue;
+      if (v + j * lanes >= num_vectors) continue;
       const uint4 out = Op::Convert(in[j]);
-      if (Op::kWrites) __stcs(reinterpret_cast<uint4*>(work.to + at * kVectorBytes), out);
-      if (digest) acc = MacVector(acc, out, *reinterpret_cast<const uint4*>(weights + 4 * at));
+      if (Op::kWrites) __stcs(reinterpret_cast<uint4*>(to + j * lanes * kVectorBytes), out);
+      if (digest) {
+        acc = MacVector(acc, out,
+                        *reinterpret_cast<const uint4*>(weights + j * lanes * (kVectorBytes / 4)));
+      }
     }
+    from += lanes * Op::kBatch * Op::kFromBytes;
+    to += lanes * Op::kBatch * kVectorBytes;
+    weights += lanes * Op::kBatch * (kVectorBytes / 4);
   }
   return acc;
 }
@@ -189,7 +197,9 @@ __device__ __forceinline__ uint64_t RunUnit(const Work& work) {
   const bool digest = box.digest;
   const uint64_t byte = work.column * size;
   const uint32_t first_word = digest ? static_cast<uint32_t>(byte % kDigestBlockBytes) / 4 : 0;
-  uint64_t acc = RunVectors<Op>(work, num_vectors, work.tables->weights + first_word, digest);
+  const uint32_t* weights = work.tables->weights + first_word;
+  uint64_t acc = box.lanes == kWarp ? RunVectors<Op, kWarp>(work, num_vectors, weights, digest)
+                                    : RunVectors<Op, 0>(work, num_vectors, weights, digest);
   if (!digest) return 0;
   if (work.lane == 0) {
     const uint64_t* sums = work.tables->sums + first_word;

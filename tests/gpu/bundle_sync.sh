@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Packs what tests/gpu/run.sh needs on a GPU machine that has neither the sources nor gRPC: stripped binaries, their shared
+# Packs what tests/gpu/run_sync.sh needs on a GPU machine that has neither the sources nor gRPC: stripped binaries, their shared
 # libraries, the Python package and the tests. Everything finds its libraries by a path relative to itself.
-#   tests/gpu/bundle.sh BUILD_DIR OUT_DIR     needs patchelf
+#   tests/gpu/bundle_sync.sh BUILD_DIR OUT_DIR     needs patchelf
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-build="$(realpath "${1:?usage: bundle.sh BUILD_DIR OUT_DIR}")"
-out="$(realpath -m "${2:?usage: bundle.sh BUILD_DIR OUT_DIR}")"
+build="$(realpath "${1:?usage: bundle_sync.sh BUILD_DIR OUT_DIR}")"
+out="$(realpath -m "${2:?usage: bundle_sync.sh BUILD_DIR OUT_DIR}")"
 rm -rf "$out"
 mkdir -p "$out/bin" "$out/lib"
 
 programs=("$build"/bin/weightd "$build"/bin/weightctl "$build"/bin/libweightd.so)
-while IFS= read -r program; do programs+=("$program"); done < <(
-  find "$build/tests/gpu" "$build/tests/unit/transport" -maxdepth 2 -type f -executable \
-    \( -path '*/tests/gpu/*' -o -name '*gpu*' \) 2>/dev/null)
+for program in mapping/mapping_owner mapping/mapping_test ipc/ipc_transport_test; do
+  programs+=("$build/tests/gpu/$program")
+done
 for program in "${programs[@]}"; do
   cp "$program" "$out/bin/"
   strip --strip-unneeded "$out/bin/$(basename "$program")"
