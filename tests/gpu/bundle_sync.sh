@@ -9,7 +9,7 @@ out="$(realpath -m "${2:?usage: bundle_sync.sh BUILD_DIR OUT_DIR}")"
 rm -rf "$out"
 mkdir -p "$out/bin" "$out/lib"
 
-programs=("$build"/bin/weightd "$build"/bin/weightctl "$build"/bin/libweightd.so)
+programs=("$build"/bin/{weightd,libweightd.so})
 for program in mapping/mapping_owner mapping/mapping_test ipc/ipc_transport_test; do
   programs+=("$build/tests/gpu/$program")
 done

@@ -11,7 +11,7 @@ bin="$root/bin"
 [ -x "$bin/weightd" ] || bin="$root/build/test/bin"
 python="${PYTHON:-python3}"
 [ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
-export WEIGHTD_BIN="$bin/weightd" WEIGHTCTL_BIN="$bin/weightctl" WEIGHTD_LIBRARY="$bin/libweightd.so"
+export WEIGHTD_BIN="$bin/weightd" WEIGHTD_LIBRARY="$bin/libweightd.so"
 export PYTHONPATH="$root/client/python:$root" NCCL_NVLS_ENABLE=0
 results="${WEIGHTD_RESULTS:-$(mktemp -d -t weightd-gpu-XXXXXX)}"
 mkdir -p "$results"

@@ -64,7 +64,7 @@ class Scene:
     def open_engine(self, engine: Peer) -> None:
         """A new start of the engine."""
         engine.call(
-            "open", key="e", device="cuda", model=MODEL, engine="e0", dtype="bfloat16",
+            "open", key="e", memory="cuda", model=MODEL, engine="e0", dtype="bfloat16",
             architecture="LlamaForCausalLM", config=LARGE, tp_rank=0, tp_size=1,
         )  # fmt: skip
 

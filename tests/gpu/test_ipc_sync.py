@@ -86,7 +86,7 @@ def test_engines_on_the_gpu_hold_the_golden_layout(
     try:
         for rank, (process, key) in enumerate(engines):
             process.call(
-                "open", key=key, device="cuda", model=model, engine="e0", dtype="bfloat16",
+                "open", key=key, memory="cuda", model=model, engine="e0", dtype="bfloat16",
                 architecture=architecture, config=config, tp_rank=rank, tp_size=tp_size,
             )  # fmt: skip
             process.call("capture", key=key)
@@ -125,7 +125,7 @@ def test_an_fsdp2_module_trained_on_the_gpu(bench: Bench, tmp_path: Path) -> Non
     trainer, (engine, other) = bench.trainers[0], bench.engines
     model, key = "fsdp2", "fsdp2/0"
     engine.call(
-        "open", key=key, device="cuda", model=model, engine="e0", dtype="bfloat16",
+        "open", key=key, memory="cuda", model=model, engine="e0", dtype="bfloat16",
         architecture="LlamaForCausalLM", config=CONFIG, tp_rank=0, tp_size=1,
     )  # fmt: skip
     try:
@@ -141,7 +141,7 @@ def test_an_fsdp2_module_trained_on_the_gpu(bench: Bench, tmp_path: Path) -> Non
         # An engine that comes late is filled from the one that serves, without the trainer.
         late = "fsdp2/1"
         other.call(
-            "open", key=late, device="cuda", model=model, engine="e1", dtype="bfloat16",
+            "open", key=late, memory="cuda", model=model, engine="e1", dtype="bfloat16",
             architecture="LlamaForCausalLM", config=CONFIG, tp_rank=0, tp_size=1,
         )  # fmt: skip
         found = other.call("check", key=late, version=VERSIONS[-1], source=str(source))

@@ -29,12 +29,15 @@ class Ranks:
         self._ranks: dict[str, tuple[EngineRank, dict[str, Any], dict[str, torch.Tensor]]] = {}
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def open(self, key: str, device: str = "cpu", **options: Any) -> dict[str, Any]:
-        """Opens a rank with poisoned parameters; ``dtype`` is torch's name of its type."""
+    def open(self, key: str, memory: str = "cpu", **options: Any) -> dict[str, Any]:
+        """Opens a rank with poisoned parameters.
+
+        ``memory`` is the torch device that they are on, ``dtype`` torch's name of their type.
+        """
         dtype = getattr(torch, options.pop("dtype"))
         config, tp_rank, tp_size = options["config"], options["tp_rank"], options["tp_size"]
         params = empty_params(config, tp_rank, tp_size, dtype)
-        params = {name: tensor.to(device) for name, tensor in params.items()}
+        params = {name: tensor.to(memory) for name, tensor in params.items()}
         rank = EngineRank(self._address, params=params, **options)
         self._ranks[key] = (rank, {**options, "dtype": dtype}, params)
         return rank.state

@@ -180,6 +180,31 @@ TEST_CASE("memory that its owner truncates is noticed") {
   CHECK(ReasonOf((*memory)->CheckIntact(false)) == reason::kMemoryMoved);
 }
 
+TEST_CASE("a worker of host memory refuses GPU memory, and descriptors must fit their segments") {
+  const SharedBuffer buffer(4096);
+  MemoryRegistration registration(false, "actor 0", &mapper);
+  v1::OfferSegments offer;
+  v1::Segment* segment = offer.add_segments();
+  segment->set_size_bytes(4096);
+  const auto offer_with = [&](int count) {
+    std::vector<ScopedFd> fds;
+    for (int i = 0; i < count; ++i) fds.push_back(buffer.Duplicate());
+    return ReasonOf(registration.Offer(offer, std::move(fds)));
+  };
+  CHECK(offer_with(0) == reason::kProtocol);
+  CHECK(offer_with(2) == reason::kProtocol);
+  segment->set_kind(v1::SEGMENT_KIND_CUDA_IPC);
+  segment->set_ipc_handle(std::string(64, 'x'));
+  CHECK(offer_with(0) == reason::kDevice);
+  segment->set_kind(v1::SEGMENT_KIND_CUDA_VMM);
+  segment->add_piece_bytes(4096);
+  CHECK(offer_with(0) == reason::kProtocol);
+  CHECK(offer_with(1) == reason::kDevice);
+  segment->set_kind(v1::SEGMENT_KIND_SHARED_MEMORY);
+  offer.set_event(std::string(64, 'x'));
+  CHECK(offer_with(1) == reason::kProtocol);
+}
+
 TEST_CASE("staged and empty blocks need no segment") {
   MemoryRegistration registration(false, "actor 0", &mapper);
   v1::MemoryBinding staged = MakeBinding(0, 0, 0, {1 << 20}, v1::DTYPE_FLOAT32);
