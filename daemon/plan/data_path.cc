@@ -46,6 +46,14 @@ std::string_view Name(Path path) {
   return "";
 }
 
+BuiltPaths ThisBuild() {
+  BuiltPaths built;
+#if WEIGHTD_HAS_CUDA
+  built.ipc = true;
+#endif
+  return built;
+}
+
 StatusOr<PathChoice> ChoosePath(const Place& source, const Place& target, const BuiltPaths& built) {
   constexpr std::string_view kBuild = "use a build of weightd that has the path";
   if (!target.mappable || !source.mappable) {

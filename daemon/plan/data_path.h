@@ -45,6 +45,7 @@ struct BuiltPaths {
   bool nccl = false;
   bool pull = false;
 };
+BuiltPaths ThisBuild();
 
 struct PathChoice {
   Path path = Path::kShm;
@@ -53,7 +54,7 @@ struct PathChoice {
 
 /// \error FAILED_PRECONDITION NO_PATH naming both devices if this build cannot serve the pair
 StatusOr<PathChoice> ChoosePath(const Place& source, const Place& target,
-                                const BuiltPaths& built = {});
+                                const BuiltPaths& built = ThisBuild());
 
 /// OK if this build can run a worker for the device.
 /// \error INVALID_ARGUMENT CONFIG naming the device

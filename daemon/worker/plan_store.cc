@@ -1,6 +1,7 @@
 #include "daemon/worker/plan_store.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "daemon/wire/convert.h"
@@ -163,7 +164,9 @@ StatusOr<PlanInput> PlanAssembler::Finish() {
 }
 
 StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input, std::string device) {
+  static std::atomic<uint64_t> last_id{0};
   auto plan = std::make_shared<LoadedPlan>();  // shared by the store and a running step
+  plan->id = ++last_id;
   plan->input = std::move(input);
   plan->device = std::move(device);
   for (const std::string& source : plan->input.source_devices) {

@@ -51,6 +51,7 @@ class PlanAssembler {
 
 /// A proven plan with the copies that this worker makes. Immutable.
 struct LoadedPlan {
+  uint64_t id = 0;  ///< in this process, never used again
   PlanInput input;
   std::string device;              ///< of this worker
   std::vector<bool> own_sources;   ///< per actor rank: its memory is on this device

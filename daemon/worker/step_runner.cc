@@ -1,6 +1,7 @@
 #include "daemon/worker/step_runner.h"
 
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "daemon/base/failpoint.h"
@@ -11,6 +12,10 @@ namespace {
 
 /// Windows after which a test can stop a worker.
 constexpr uint32_t kFailpointWindows = 3;
+
+/// A trainer's event mostly has passed already, or passes soon.
+constexpr microseconds kFenceSpin{500};
+constexpr microseconds kFenceNap{50};
 
 std::string_view PhaseOf(v1::Step step) {
   switch (step) {
@@ -115,6 +120,7 @@ Status StepRunner::Dispatch(Context* context, v1::StepDone* done) {
   context->members.insert(context->members.end(), command.peers().begin(), command.peers().end());
   WEIGHTD_RETURN_IF_ERROR(members_->Pin(context->members, context->cancelled, &context->pinned));
   WEIGHTD_RETURN_IF_ERROR(CheckIntactBefore(context->pinned, context->members));
+  if (reads_sources) WEIGHTD_RETURN_IF_ERROR(AwaitSources(*context));
   switch (command.step()) {
     case v1::STEP_TRANSFER:
       WEIGHTD_RETURN_IF_ERROR(Transfer(context, done));
@@ -137,6 +143,32 @@ Status StepRunner::Dispatch(Context* context, v1::StepDone* done) {
   }
   // What was read or written while an object shrank was not its owner's memory.
   return CheckIntactAfter(context->pinned, context->members);
+}
+
+/// Waits until the trainers' GPUs have produced what the step reads. A look, not a wait of the
+/// stream: a trainer that dies meanwhile leaves nothing stuck on this worker's GPU.
+Status StepRunner::AwaitSources(const Context& context) const {
+  for (uint64_t id : context.members) {
+    const PinnedMembers::Entry& entry = *context.pinned.Find(id);
+    const LenderFence* fence = entry.memory->fence.get();
+    for (const Clock::time_point begin = Clock::now(); fence != nullptr;) {
+      WEIGHTD_ASSIGN_OR_RETURN(const bool passed, fence->Passed());
+      if (passed) break;
+      if (context.cancelled->load()) {
+        return Error(StatusCode::kCancelled, reason::kCancelled, "sync again",
+                     "step was cancelled while it waited for a trainer's GPU: rank={}",
+                     entry.member->label());
+      }
+      if (Clock::now() >= context.deadline) {
+        return WithRank(Error(StatusCode::kDeadlineExceeded, reason::kDeadline,
+                              "sync after the training step has ended, or raise the deadline",
+                              "trainer's GPU was still busy: rank={}", entry.member->label()),
+                        entry.member->label());
+      }
+      if (Clock::now() - begin > kFenceSpin) std::this_thread::sleep_for(kFenceNap);
+    }
+  }
+  return absl::OkStatus();
 }
 
 void StepRunner::Progress(Context* context, uint64_t bytes, uint32_t windows,
@@ -257,10 +289,15 @@ Status StepRunner::CompareReplica(Context* context, const BoundPlan& bound,
 }
 
 Status StepRunner::CatchUpOne(Context* context, uint32_t target, uint64_t peer,
-                              std::span<const Binding> params, const CatchUp::Control& control) {
+                              const BoundPlan& bound, const CatchUp::Control& control) {
+  const std::span<const Binding> params = bound.targets[target].params;
   const RankLayout& layout = context->plan->input.layouts[target];
   const std::string& label = context->plan->input.labels[target];
   const uint64_t version = context->command.version();
+  if (!transport_->host_memory() && context->command.step() != v1::STEP_COPY_PEER) {
+    return Error(StatusCode::kUnimplemented, reason::kDevice, "set catch_up.retain = \"none\"",
+                 "this build keeps no copies of GPU memory: rank={}", label);
+  }
   if (context->command.step() == v1::STEP_RETAIN) {
     return catch_up_.Retain(label, version, layout, params, control);
   }
@@ -270,7 +307,9 @@ Status StepRunner::CatchUpOne(Context* context, uint32_t target, uint64_t peer,
   const PinnedMembers::Entry& entry = *context->pinned.Find(peer);
   WEIGHTD_ASSIGN_OR_RETURN(const std::vector<Binding> from,
                            BindParams(layout, entry.member->label(), *entry.memory));
-  return catch_up_.Copy(layout, from, params, control);
+  if (transport_->host_memory()) return catch_up_.Copy(layout, from, params, control);
+  RunControl window_control = ControlOf(context, nullptr);
+  return transport_->CopyParams(bound, target, from, window_control);
 }
 
 Status StepRunner::CatchUpTargets(Context* context, v1::StepDone* done) {
@@ -289,8 +328,7 @@ Status StepRunner::CatchUpTargets(Context* context, v1::StepDone* done) {
     const uint64_t peer = i < context->command.peers_size() ? context->command.peers(i) : 0;
     if (context->command.step() != v1::STEP_RETAIN) done->set_touched(true);
     WEIGHTD_RETURN_IF_ERROR(
-        WithRank(CatchUpOne(context, target, peer, bound.targets[target].params, control),
-                 plan.input.labels[target]));
+        WithRank(CatchUpOne(context, target, peer, bound, control), plan.input.labels[target]));
     context->bytes_before += ParamBytes(plan.input.layouts[target]);
     done->set_bytes(context->bytes_before);
   }

@@ -20,6 +20,7 @@ StatusOr<std::unique_ptr<WorkerCore>> WorkerCore::Create(const Options& options,
 WorkerCore::WorkerCore(const Options& options, std::unique_ptr<MemberTable> members,
                        std::unique_ptr<Transport> transport, ReportFn report)
     : report_(std::move(report)),
+      on_broken_(options.on_broken),
       device_(options.device),
       members_(std::move(members)),
       transport_(std::move(transport)),
@@ -88,7 +89,9 @@ void WorkerCore::RunJob(Job* job) {
     case v1::WorkerCommand::kRun: {
       v1::WorkerReport report;
       *report.mutable_done() = runner_.Run(command.run(), &job->cancelled);
-      return report_(std::move(report));
+      report_(std::move(report));
+      if (transport_->broken() && on_broken_) on_broken_();
+      return;
     }
     case v1::WorkerCommand::kDropPlan:
       assemblies_.erase(command.drop_plan().plan());

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -29,6 +30,7 @@ class WorkerCore {
     MemberTable::Options members;
     std::string device = kHostDevice;  ///< of the memory that this worker serves
     int num_threads = 0;               ///< of catch-up; 0 = the cores, at most 8
+    std::function<void()> on_broken;   ///< ends the process: its transport is of no more use
   };
 
   /// `report` takes everything that the daemon must hear, from several threads, until the
@@ -61,6 +63,7 @@ class WorkerCore {
   void AddPlanPage(const v1::PlanPage& page);
 
   const ReportFn report_;
+  const std::function<void()> on_broken_;
   const std::string device_;
   const std::unique_ptr<MemberTable> members_;
   const std::unique_ptr<Transport> transport_;

@@ -65,8 +65,15 @@ WEIGHTD_API void weightd_string_free(char* text);
  * int8, 6 uint8, 7 int16, 8 int32, 9 int64, 10 bool, 11 float8_e4m3fn, 12 float8_e5m2). */
 typedef int32_t weightd_dtype;
 
-/* Where a block of elements lies. */
+/* Kinds of memory. */
+#define WEIGHTD_SPACE_HOST 0
+#define WEIGHTD_SPACE_CUDA 1
+
+/* Where a block of elements lies. In GPU memory only `address` and `strides` count: the library
+ * finds the allocation behind it and lends that to the worker of its GPU. All memory of one rank
+ * lies on one device. */
 typedef struct weightd_memory {
+  int32_t space;         /* WEIGHTD_SPACE_HOST or WEIGHTD_SPACE_CUDA */
   int32_t fd;            /* shared memory object to lend (memfd, /dev/shm file); -1: staged */
   uint64_t fd_size;      /* bytes of the shared memory object */
   uint64_t offset_bytes; /* of the first element, from the start of the object */
@@ -132,6 +139,9 @@ WEIGHTD_API weightd_error* weightd_actor_open(const weightd_actor_options* optio
  *   that it serves
  * \error INVALID_ARGUMENT SHARED_MEMORY naming the tensor if its object is smaller than it should
  *   be
+ * \error UNIMPLEMENTED MEMORY naming the tensor if no other process can map its GPU memory (sleep
+ *   mode, cudaMallocAsync, managed memory)
+ * \error INVALID_ARGUMENT DEVICE if the tensors of the rank lie on several devices
  * \error RESOURCE_EXHAUSTED FILE_DESCRIPTORS if the hard limit cannot hold the descriptors
  * \error UNAVAILABLE DAEMON_LOST, DEADLINE_EXCEEDED DEADLINE if daemon or worker do not answer */
 WEIGHTD_API weightd_error* weightd_actor_register(weightd_actor* actor,
@@ -152,6 +162,8 @@ typedef struct weightd_sync_options {
   int32_t check_replicas;    /* nonzero: compare replicated shards first */
   const weightd_staged* staged;
   size_t num_staged;
+  void* cuda_stream; /* GPU memory: the CUstream whose work so far produces the weights; NULL is the
+                        default stream. The transfer waits for it, the caller does not. */
   const char* refuse_reason; /* not NULL: this rank refuses (e.g. "MEMORY_MOVED"); the sync fails on
                                 every rank */
   const char* refuse_message;
@@ -159,7 +171,8 @@ typedef struct weightd_sync_options {
   const char* refuse_remedy;
 } weightd_sync_options;
 
-/* Starts a sync. Does not block. The registered memory must not change until the sync has ended;
+/* Starts a sync. Does not block; with GPU memory an event is recorded on `cuda_stream`. The
+ * registered memory must not change until the sync has ended;
  * staged memory is not read any more once weightd_actor_sync_wait has returned 1. While the daemon
  * or worker is being replaced the sync waits for the registration to come back, for at most
  * connect_timeout_ms. A staged shard without memory makes the sync fail on every rank with
@@ -221,7 +234,7 @@ typedef struct weightd_param {
   int64_t shape[WEIGHTD_MAX_DIMS]; /* local */
   int32_t kind;
   const char* alias_of;
-  weightd_memory memory; /* fd must be >= 0 unless opaque or aliased */
+  weightd_memory memory; /* fd must be >= 0 or the space CUDA, unless opaque or aliased */
 } weightd_param;
 
 /* As weightd_actor_open. With connect_timeout_ms < 0 it does not block and fails only for bad

@@ -143,7 +143,8 @@ class Actor:
         Raises:
             errors.LayoutError: names, placements, shapes or dtypes; names the tensor.
             errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
-            errors.UnsupportedError: a tensor is not in host memory.
+            errors.UnsupportedError: a tensor is neither in host memory nor on a GPU, or lies in GPU
+                memory that no other process can map.
         """
         with self._exclusive():
             module = tensors if hasattr(tensors, "state_dict") else None
@@ -169,8 +170,9 @@ class Actor:
 
         Args:
             version: > every version consumed so far; None is one more than the last acknowledged.
-            tensors: the complete set of tensors of this version, staged, for what exists only now
-                (merged LoRA, FSDP1, exported weights). None syncs what was registered.
+            tensors: the complete set of tensors of this version, for what exists only now (merged
+                LoRA, FSDP1, exported weights). CPU tensors are staged; CUDA tensors are lent, and
+                kept alive until the next sync. None syncs what was registered.
             require: ``"all"`` or how many replicas must commit.
             check_replicas: compare replicated shards first; None does so until the first success.
 
@@ -250,6 +252,11 @@ class Actor:
         """Makes what the daemon knows fit this sync; returns why this rank refuses, if it does."""
         if tensors is not None:
             source = Source(named_pairs(tensors))
+            if source.cuda_device is not None:
+                self._lend(source)
+                self._staged = source
+                options.cuda_stream = _current_stream(source)
+                return None
             if self._described is None or self._described.layout_key != source.layout_key:
                 self._described = None
                 array = _marshal.tensor_array(source.layout, None)
@@ -265,6 +272,7 @@ class Actor:
                 reason="NOT_REGISTERED",
                 remedy="call register() first, or pass tensors= to sync()",
             )
+        options.cuda_stream = _current_stream(self._source)
         refusal = self._source.moved()
         if refusal is None and self._described is not self._source:
             self._lend(self._source)
@@ -380,6 +388,16 @@ class Actor:
             )
         if not self._close.alive:
             raise state_error("the actor is closed", reason="CLOSED", remedy="make a new Actor")
+
+
+def _current_stream(source: Source) -> Optional[int]:
+    """The stream on which the caller's work of this thread runs; None for host memory."""
+    device = source.cuda_device
+    if device is None:
+        return None
+    import torch
+
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _require(require: Union[str, int]) -> int:

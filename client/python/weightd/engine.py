@@ -38,9 +38,10 @@ class EngineRank:
         engine: instance name, shared by the ranks of one engine and kept over restarts.
         architecture: Hugging Face architecture, e.g. ``LlamaForCausalLM``.
         config: Hugging Face config, a mapping or an object with ``to_dict()``.
-        params: (name, tensor) pairs or a mapping of this rank's CPU parameters, in the engine's
-            layout. Their storages move into shared memory in place; names that share storage,
-            offset and shape are registered as one parameter with aliases. References are kept.
+        params: (name, tensor) pairs or a mapping of this rank's parameters, in the engine's
+            layout, all on the CPU or all on one GPU. CPU storages move into shared memory in place,
+            GPU memory is lent where it lies. Names that share storage, offset and shape are
+            registered as one parameter with aliases. References are kept.
         kinds: what the engine does with a parameter after loading, by name: ``"raw"`` (the
             default; it computes with these bytes), ``"derived"`` (these bytes are converted in
             ``commit``; they are lent in loadable layout and must stay as they were transferred) or

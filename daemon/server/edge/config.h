@@ -63,6 +63,9 @@ struct LimitsConfig {
   bool operator==(const LimitsConfig&) const = default;
 };
 
+/// In worker.devices: every GPU of the machine.
+inline constexpr char kAllGpus[] = "gpu";
+
 struct WorkerConfig {
   std::vector<std::string> devices = {"host"};  ///< served, one worker each
   uint64_t threads = 0;                         ///< copying threads per worker; 0 = one per core

@@ -100,9 +100,10 @@ std::optional<uint64_t> ParseWithUnit(std::string_view text, const Unit (&units)
 Check CheckDevices(const std::vector<std::string>& devices) {
   if (devices.empty()) return "must name at least one device";
   for (const std::string& device : devices) {
-    if (!IsDevice(device)) {
+    if (!IsDevice(device) && device != kAllGpus) {
       return fmt::format(
-          "has \"{}\": a device is \"host\", \"host.N\" or \"GPU-\" and its UUID (nvidia-smi -L)",
+          "has \"{}\": a device is \"host\", \"host.N\", \"gpu\" (all GPUs) or \"GPU-\" and a UUID "
+          "(nvidia-smi -L)",
           device);
     }
     if (std::count(devices.begin(), devices.end(), device) > 1) {

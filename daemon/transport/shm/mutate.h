@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "daemon/transport/shm/block_item.h"
+#include "daemon/transport/block_item.h"
 #include "daemon/transport/transport.h"
 
 namespace weightd {
