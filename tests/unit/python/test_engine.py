@@ -38,6 +38,15 @@ def test_views_of_other_parts_are_no_aliases(library: FakeLibrary) -> None:
         assert [param["offset_bytes"] for param in library.params] == [0, 16, 0]
 
 
+def test_kinds_are_told_and_opaque_parameters_are_not_lent(library: FakeLibrary) -> None:
+    pairs = [("a", torch.zeros(2)), ("b", torch.zeros(2)), ("c", torch.zeros(1).expand(3))]
+    with _engine(pairs, kinds={"b": "derived", "c": "opaque"}):
+        assert [param["kind"] for param in library.params] == [1, 2, 3]
+        assert [param["fd"] >= 0 for param in library.params] == [True, True, False]
+    with pytest.raises(errors.LayoutError, match="unknown kind of parameter: packed"):
+        _engine(kinds={"w": "packed"})
+
+
 def test_memory_that_cannot_be_lent_is_refused(library: FakeLibrary) -> None:
     tensor = torch.zeros(2)
     tensor.numpy()
@@ -133,6 +142,16 @@ def test_callback_that_raises_is_reported_and_the_thread_lives_on(library: FakeL
             _until(library, lambda count=count: len(library.answers) == count)
         assert engine.state["pending"] == ""
     assert library.answers == [("quiesced", None, "RuntimeError: cannot pause")] * 2
+
+
+def test_waiting_for_a_change_ends_with_the_change_or_a_wake(library: FakeLibrary) -> None:
+    with _engine(quiesce=lambda: None) as engine:
+        seen = engine.wait_change(-1, 0.0)
+        library.set_engine_state(state="SERVING", version=3)
+        changed = engine.wait_change(seen, 30.0)
+        assert changed > seen and engine.version == 3
+        engine.wake()
+        assert engine.wait_change(changed, 30.0) == changed + 1
 
 
 def _until(library: FakeLibrary, condition: Any) -> None:
