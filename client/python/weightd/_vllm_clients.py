@@ -43,8 +43,9 @@ def check_config(vllm_config: Any) -> None:
 
 
 def _instance_name(vllm_config: Any) -> str:
-    settings = vllm_config.additional_config.get("weightd", {})
-    return str(settings.get("engine") or f"vllm-{vllm_config.instance_id}")
+    from weightd.vllm.settings import settings_of
+
+    return settings_of(vllm_config).engine
 
 
 def _is_multimodal(vllm_config: Any) -> bool:
