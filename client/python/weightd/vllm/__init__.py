@@ -22,3 +22,14 @@ def register() -> None:
         )
     post_load.install()
     worker_calls.install()
+    register_trainer()
+
+
+def register_trainer() -> None:
+    """Registers backend ``weightd`` for trainers on vLLM's interface. May be called again."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    if BACKEND not in WeightTransferTrainerFactory._registry:
+        WeightTransferTrainerFactory.register_engine(
+            BACKEND, "weightd.vllm.trainer", "WeightdTrainerEngine"
+        )
