@@ -145,6 +145,18 @@ class FakeAsyncLLM:
 
 
 @pytest.fixture
+def vllm_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's request classes, without vLLM; tests/vllm has the real ones."""
+    base = "vllm.distributed.weight_transfer.base"
+    for depth in range(1, base.count(".") + 1):
+        monkeypatch.setitem(sys.modules, ".".join(base.split(".")[:depth]), SimpleNamespace())
+    requests = SimpleNamespace(
+        WeightTransferUpdateRequest=SimpleNamespace, WeightTransferInitRequest=SimpleNamespace
+    )
+    monkeypatch.setitem(sys.modules, base, requests)
+
+
+@pytest.fixture
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
     """An event loop that runs on a thread of its own."""
     loop = asyncio.new_event_loop()
@@ -156,8 +168,8 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
+@pytest.mark.usefixtures("vllm_requests")
 def test_async_llm_is_called_on_its_own_loop(loop: asyncio.AbstractEventLoop) -> None:
-    pytest.importorskip("vllm")
     llm = FakeAsyncLLM(loop)
     (engine,) = take_over([llm], 0, 1.0)
     assert _drive(engine.client, "wait") == ("prefix",)
@@ -313,6 +325,7 @@ _UPDATES = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("vllm_requests")
 @pytest.mark.parametrize(
     ("methods", "pause", "resume"),
     [
@@ -331,7 +344,6 @@ _UPDATES = (
 def test_ray_handle_gets_the_calls_of_its_class(
     monkeypatch: pytest.MonkeyPatch, methods: tuple, pause: tuple, resume: list
 ) -> None:
-    pytest.importorskip("vllm")
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda ref: ref[1]))
     handle = _Handle(*_UPDATES, *methods)
     (engine,) = take_over([handle], 0, 5.0)
