@@ -51,4 +51,4 @@ if ! .venv/bin/python -m deploy.quickstart.run --engine "$ENGINE" --weightctl "$
 fi
 say "weightctl versions"
 "$BUILD/bin/weightctl" --address "$WEIGHTD_ADDRESS" versions
-say "done: every version was acknowledged and equals the trainer's weights, bit for bit"
+say "done: every version was acknowledged and proved; the proofs are above"

@@ -57,6 +57,8 @@ class RankJudge:
         answers: the queue of their answers.
     """
 
+    verdict = "every parameter of both engine ranks equals the trainer's bit for bit"
+
     def __init__(self, questions: Sequence[Any], answers: Any) -> None:
         self._questions = questions
         self._answers = answers

@@ -15,18 +15,19 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Sequence, Union
 
 import torch
 import torch.multiprocessing as mp
 
 from deploy.quickstart.engine import RankJudge, engine_rank
 from deploy.quickstart.serve import VllmServer
-from deploy.quickstart.trainer import MODEL, STEPS, Judge, trainer_rank
+from deploy.quickstart.trainer import MODEL, STEPS, trainer_rank
 from deploy.quickstart.vllm import VllmJudge
 
 TRAINERS = 4
 TP = 2
+Judge = Union[VllmJudge, RankJudge]
 Engine = tuple[Sequence[str], Judge]
 
 
@@ -44,7 +45,7 @@ def main() -> int:
     if failed:
         print("FAILED: see the messages above", file=sys.stderr)
         return 1
-    print(f"proved: {STEPS} versions of {MODEL}, the parameters of both engine ranks equal bit for bit")
+    print(f"proved: {STEPS} versions of {MODEL}, {judge.verdict}")
     return 0
 
 

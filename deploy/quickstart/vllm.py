@@ -21,6 +21,11 @@ class VllmJudge:
         url: of the server.
     """
 
+    verdict = (
+        "every parameter of vLLM that can be read equals the trainer's bit for bit, what its kernels have packed was "
+        f"verified before it was packed, and log-probabilities agree within {TOLERANCE}"
+    )
+
     def __init__(self, url: str) -> None:
         self._client = VllmClient(url)
         self._before = self._client.logprobs(SEQUENCE)
