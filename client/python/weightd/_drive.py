@@ -235,6 +235,9 @@ class Drive:
     def _sequence(self, run: _Run) -> None:
         """All calls to one engine. After a failure an open update is closed and nothing resumes."""
         client = run.engine.client
+        identify = getattr(client, "identify", None)
+        if identify is not None and not self._call(run, "identify", identify):
+            return
         with self._changed:
             self._changed.wait_for(lambda: self._begun or self._ended)
             if not self._begun:
