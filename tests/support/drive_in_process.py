@@ -72,7 +72,7 @@ def _drive(ack: Any) -> dict[str, Any]:
 
 
 def _kill_in_update(actor: Actor, core: int) -> dict[str, Any]:
-    """Kills the engine core when the driver has begun to call update_weights; the error it gives."""
+    """Kills the engine core when the driver begins to call update_weights; the error it gives."""
     client = actor._engines[0].client
     update = client.update_weights
     times = []

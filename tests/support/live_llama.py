@@ -51,7 +51,7 @@ class LiveLlama:
 
     @torch.no_grad()
     def logprobs(self, version: int, tokens: list[int]) -> list[float]:
-        """Log-probability of each token but the first under a version, rounded as engines hold it."""
+        """Log-probability of each token but the first under a version as engines hold it."""
         model = LlamaForCausalLM(config()).float().eval()
         model.load_state_dict(self._kept[version])
         batch = torch.tensor([tokens])

@@ -1,4 +1,4 @@
-"""vLLM in the process of the trainer's rank 0: `LLM` and ``AsyncLLM`` driven through their own calls."""
+"""vLLM in the process of the trainer's rank 0: ``LLM`` and ``AsyncLLM`` driven by their own calls."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from tests.support.vllm_engine import missing_parts, plugin_folder, vllm_environ
 pytestmark = pytest.mark.skipif(bool(missing_parts()), reason=missing_parts() or "-")
 
 CALLS = [
-    "pause", "start_weight_update", "update_weights", "finish_weight_update", "reset_caches", "resume",
-]  # fmt: skip
+    "pause",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "reset_caches",
+    "resume",
+]
 _SECONDS = 300
 
 

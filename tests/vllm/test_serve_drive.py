@@ -1,5 +1,5 @@
-"""`vllm serve` with two workers, driven over HTTP: requests in flight in each pause mode, caches, the
-trainer interface of vLLM, and the death of one of two engines.
+"""`vllm serve` with two workers, driven over HTTP: requests in flight in each pause mode, caches,
+the trainer interface of vLLM, and the death of one of two engines.
 
 One server serves all tests, in this order; the last one kills it.
 """
@@ -210,7 +210,9 @@ def test_update_left_open_by_a_trainer_that_died_is_begun_anew(rig: _Rig) -> Non
         assert actor._engines[0].name.startswith("vllm-"), "every rank gave its own answer"
 
 
-def test_trainer_of_vllms_own_interface_changes_its_init_info_only(rig: _Rig, tmp_path: Path) -> None:
+def test_trainer_of_vllms_own_interface_changes_only_its_init_info(
+    rig: _Rig, tmp_path: Path
+) -> None:
     from vllm.distributed.weight_transfer import (
         HTTPVLLMWeightSyncClient,
         ModuleSource,

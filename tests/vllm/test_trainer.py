@@ -1,4 +1,4 @@
-"""vLLM's trainer interface on weightd, and what weightd adds to vLLM's workers, without an engine."""
+"""vLLM's trainer interface on weightd, and what weightd adds to workers, without an engine."""
 
 from __future__ import annotations
 

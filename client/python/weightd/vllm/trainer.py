@@ -93,7 +93,7 @@ class WeightdTrainerEngine(TrainerWeightTransferEngine[WeightdTrainerInitInfo]):
     """Sends a trainer's weights through weightd.
 
     A `ModuleSource` is not iterated: its module is registered, so that nothing is gathered and only
-    local shards are read. Any other source is iterated once per round and held in full on each rank.
+    local shards are read. Any other source is iterated every round and held in full on each rank.
 
     Attributes:
         ack: of the last `send_weights`, or None.
