@@ -228,3 +228,14 @@ def test_interrupted_sync_leaves_the_engine_closed_and_paused(rig: Rig) -> None:
     assert engine.calls[-1] == ("finish_weight_update", None) and engine.paused
     engine.script.clear()
     assert rig.actor.sync(1).engines[0].resumed
+
+
+def test_engine_that_fails_does_not_cut_short_how_another_drains(rig: Rig) -> None:
+    engine = rig.engine(pause=lambda: time.sleep(3.0))
+    gone = Killed()  # refuses at once, and is registered nowhere
+    rig.open(engines=[gone, engine], pause_mode="wait")
+    gone.gone.set()
+    error = rig.fails(1)
+    assert error.reason == "ENGINE_CALL" and error.peer == "engine killed"
+    assert error.result is not None and error.result.engines[1].resumed
+    assert engine.calls[-1] == ("served", 1)

@@ -13,7 +13,7 @@ import torch
 from tests.support.cluster import Cluster
 from tests.support.llama_engine import expected_params, first_difference, source_shapes
 from tests.support.scripted_engine import ScriptedEngine
-from weightd import Actor, errors
+from weightd import Actor, EngineClient, errors
 
 CONFIG = {
     "model_type": "llama",
@@ -29,7 +29,20 @@ CONFIG = {
 BEFORE_WRITING = ("pause", "start_weight_update", "update_weights")
 AFTER_COMMIT = ("finish_weight_update", "reset_caches", "resume")
 LIMIT_SECONDS = 5.0
+UPDATE = {"model": "m", "version": 7}
 _models = itertools.count()
+
+
+def drive_client(client: EngineClient, mode: str = "abort") -> tuple[str, ...]:
+    """Makes all calls of a sync that commits `UPDATE`; returns the caches that were reset."""
+    getattr(client, "identify", lambda: None)()
+    client.pause(mode)  # type: ignore[arg-type]
+    client.start_weight_update()
+    client.update_weights(dict(UPDATE))
+    client.finish_weight_update("7")
+    caches = tuple(client.reset_caches())
+    client.resume()
+    return caches
 
 
 def boom() -> None:
@@ -96,7 +109,7 @@ class Killed:
         self.gone = threading.Event()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name in ("check_alive", "check_caller"):
+        if name in ("identify", "check_alive", "check_caller"):
             raise AttributeError(name)
 
         def call(*arguments: Any) -> None:

@@ -156,17 +156,23 @@ class Drive:
             self._find_hung()
             if phase != _PREPARE or self._blame is not None:
                 return False
-            now = time.monotonic()
-            self._blame = next(
-                (
-                    run
-                    for run in self._runs
-                    if run.failure is not None
-                    and (run.failure.hung or now - run.failure.at > _GRACE_SECONDS)
-                ),
-                None,
-            )
+            self._blame = self._find_blame()
             return self._blame is not None
+
+    def _find_blame(self) -> Optional[_Run]:
+        """The engine for which the daemon waits in vain, if there is one. Needs the condition."""
+        failed = [run for run in self._runs if run.failure is not None]
+        hung = [run for run in failed if run.failure is not None and run.failure.hung]
+        if hung or not failed:
+            return hung[0] if hung else None
+        others = [run for run in self._runs if run.failure is None]
+        if any(run.call != "update_weights" for run in others):
+            return None  # the daemon waits for these, whether or not it does for the failed one
+        quiet = max([run.since for run in others], default=0.0)
+        first = failed[0]
+        assert first.failure is not None
+        waited = time.monotonic() - max(first.failure.at, quiet)
+        return first if waited > _GRACE_SECONDS else None
 
     def conclude(self, ack: Optional[Ack], error: Optional[Error], require_all: bool) -> Ack:
         """Lets the engines finish after the daemon's answer, and joins both outcomes.
@@ -229,6 +235,9 @@ class Drive:
     def _sequence(self, run: _Run) -> None:
         """All calls to one engine. After a failure an open update is closed and nothing resumes."""
         client = run.engine.client
+        identify = getattr(client, "identify", None)
+        if identify is not None and not self._call(run, "identify", identify):
+            return
         with self._changed:
             self._changed.wait_for(lambda: self._begun or self._ended)
             if not self._begun:

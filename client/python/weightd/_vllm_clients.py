@@ -43,8 +43,9 @@ def check_config(vllm_config: Any) -> None:
 
 
 def _instance_name(vllm_config: Any) -> str:
-    settings = vllm_config.additional_config.get("weightd", {})
-    return str(settings.get("engine") or f"vllm-{vllm_config.instance_id}")
+    from weightd.vllm.settings import settings_of
+
+    return settings_of(vllm_config).engine
 
 
 def _is_multimodal(vllm_config: Any) -> bool:
@@ -193,11 +194,14 @@ class HttpEngine:
         """Checks that the server answers, has these routes and a weight-transfer engine."""
         self._post("init_weight_transfer_engine", body={"init_info": init_info})
 
-    def pause(self, mode: PauseMode) -> None:
-        """Stops generation, and learns who the server is: it may have been started anew."""
-        self._post("pause", mode=mode, clear_cache="false")
+    def identify(self) -> None:
+        """Asks the workers who they are: the server may have been started anew."""
         answer = self._post("collective_rpc", body={"method": _ENGINE_METHOD})
         self.engine = _one_name(answer.get("results"))
+
+    def pause(self, mode: PauseMode) -> None:
+        """Stops generation; caches are reset after the commit."""
+        self._post("pause", mode=mode, clear_cache="false")
 
     def start_weight_update(self) -> None:
         """Opens an update."""
@@ -274,13 +278,16 @@ class RayEngine:
 
         self._get("init_weight_transfer_engine", WeightTransferInitRequest(init_info=init_info))
 
+    def identify(self) -> None:
+        """Asks the workers who they are: the actor may have been started anew."""
+        self.engine = _one_name(self._get("collective_rpc", _ENGINE_METHOD))
+
     def pause(self, mode: PauseMode) -> None:
-        """Stops generation, and learns which engine it is."""
+        """Stops generation; caches are reset after the commit."""
         if self._asynchronous:
             self._get("pause_generation", mode=mode, clear_cache=False)
         else:
             self._get("sleep", level=0, mode=mode)
-        self.engine = _one_name(self._get("collective_rpc", _ENGINE_METHOD))
 
     def start_weight_update(self) -> None:
         """Opens an update."""

@@ -18,10 +18,11 @@ class EngineClient(Protocol):
     ``init_weight_transfer_engine`` once, when the actor is made.
 
     Optional members are used where they exist. ``engine`` is the instance name under which the
-    engine registered with the daemon, read after every pause; without it an engine counts as
-    committed only where all replicas of the sync are. ``check_alive()`` returns at once and raises
-    if the engine is dead; it is asked from another thread while a call is running.
-    ``check_caller()`` raises if ``sync()`` on its thread would keep the engine from answering.
+    engine registered with the daemon; without it an engine counts as committed only where all
+    replicas of the sync are. ``identify()`` is called before every pause and may set it.
+    ``check_alive()`` returns at once and raises if the engine is dead; it is asked from another
+    thread while a call is running. ``check_caller()`` raises if ``sync()`` on its thread would keep
+    the engine from answering.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any, Iterator, Optional
 
 import pytest
 
+from tests.support.drive_rig import UPDATE, drive_client
 from tests.support.fake_library import FakeLibrary
-from weightd import Actor, EngineClient, errors
+from weightd import Actor, errors
 from weightd._adapters import take_over
-
-UPDATE = {"model": "m", "version": 7}
-
-
-def _drive(client: EngineClient, mode: str = "abort") -> tuple[str, ...]:
-    """All calls of a sync that commits version 7."""
-    client.pause(mode)  # type: ignore[arg-type]
-    client.start_weight_update()
-    client.update_weights(dict(UPDATE))
-    client.finish_weight_update("7")
-    caches = tuple(client.reset_caches())
-    client.resume()
-    return caches
-
 
 def _config(backend: Optional[str] = "weightd", multimodal: bool = False) -> Any:
     return SimpleNamespace(
@@ -75,7 +60,7 @@ def test_llm_in_process_gets_its_own_calls() -> None:
     llm = FakeLLM()
     (engine,) = take_over([llm], 0, 1.0)
     assert llm.calls == [] and engine.label == "e7"
-    assert _drive(engine.client, "keep") == ("prefix",)
+    assert drive_client(engine.client, "keep") == ("prefix",)
     assert llm.calls == [
         ("sleep", {"level": 0, "mode": "keep"}),
         ("start_weight_update",),
@@ -145,6 +130,18 @@ class FakeAsyncLLM:
 
 
 @pytest.fixture
+def vllm_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's request classes, without vLLM; tests/vllm has the real ones."""
+    base = "vllm.distributed.weight_transfer.base"
+    for depth in range(1, base.count(".") + 1):
+        monkeypatch.setitem(sys.modules, ".".join(base.split(".")[:depth]), SimpleNamespace())
+    requests = SimpleNamespace(
+        WeightTransferUpdateRequest=SimpleNamespace, WeightTransferInitRequest=SimpleNamespace
+    )
+    monkeypatch.setitem(sys.modules, base, requests)
+
+
+@pytest.fixture
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
     """An event loop that runs on a thread of its own."""
     loop = asyncio.new_event_loop()
@@ -156,11 +153,11 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
+@pytest.mark.usefixtures("vllm_requests")
 def test_async_llm_is_called_on_its_own_loop(loop: asyncio.AbstractEventLoop) -> None:
-    pytest.importorskip("vllm")
     llm = FakeAsyncLLM(loop)
     (engine,) = take_over([llm], 0, 1.0)
-    assert _drive(engine.client, "wait") == ("prefix",)
+    assert drive_client(engine.client, "wait") == ("prefix",)
     assert llm.calls == [
         ("pause_generation", {"mode": "wait", "clear_cache": False}),
         ("start_weight_update",),
@@ -193,103 +190,6 @@ def test_sync_on_the_loop_of_the_engine_is_refused(library: FakeLibrary) -> None
     asyncio.run(main())
 
 
-class _Server(BaseHTTPRequestHandler):
-    """Answers as ``vllm serve`` and notes every request."""
-
-    requests: list[tuple]
-    answers: dict[str, tuple[int, Any]]
-
-    def do_POST(self) -> None:
-        """Answers one request."""
-        length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length) or b"null")
-        self.requests.append((self.path, body))
-        status, answer = self.answers.get(self.path.split("?")[0], (200, {"message": "ok"}))
-        if status == 0:
-            self.connection.close()
-            return
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        """Says nothing."""
-
-
-@pytest.fixture
-def server() -> Iterator[SimpleNamespace]:
-    """A server with its ``url``, ``requests`` so far and ``answers`` by route."""
-    kind = type("Server", (_Server,), {"requests": [], "answers": {}})
-    kind.answers["/collective_rpc"] = (200, {"results": ["e7", "e7"]})
-    kind.answers["/reset_prefix_cache"] = (200, {"success": True})
-    http = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    thread = threading.Thread(target=http.serve_forever)
-    thread.start()
-    yield SimpleNamespace(
-        url=f"http://127.0.0.1:{http.server_port}", requests=kind.requests, answers=kind.answers
-    )
-    http.shutdown()
-    thread.join()
-    http.server_close()
-
-
-def test_server_gets_the_routes_of_its_development_mode(server: SimpleNamespace) -> None:
-    (engine,) = take_over([server.url + "/"], 0, 5.0)
-    assert server.requests == [("/init_weight_transfer_engine", {"init_info": {}})]
-    assert engine.label == server.url + "/"
-    server.requests.clear()
-    assert _drive(engine.client, "abort") == ("prefix",)
-    assert engine.name == "e7", "the instance name is asked anew in every pause"
-    assert server.requests == [
-        ("/pause?mode=abort&clear_cache=false", None),
-        ("/collective_rpc", {"method": "weightd_engine"}),
-        ("/start_weight_update", None),
-        ("/update_weights", {"update_info": UPDATE}),
-        ("/finish_weight_update", {"weight_version": "7"}),
-        ("/reset_prefix_cache?reset_running_requests=true&reset_external=true", None),
-        ("/reset_mm_cache", None),
-        ("/reset_encoder_cache", None),
-        ("/resume", None),
-    ]
-    engine.client.finish_weight_update(None)
-    assert server.requests[-1] == ("/finish_weight_update", None)
-
-
-def test_server_without_development_mode_is_told_what_to_set(server: SimpleNamespace) -> None:
-    server.answers["/init_weight_transfer_engine"] = (404, {"detail": "Not Found"})
-    with pytest.raises(errors.EngineError, match="no route") as caught:
-        take_over([server.url], 0, 5.0)
-    assert "VLLM_SERVER_DEV_MODE=1" in caught.value.remedy
-    assert caught.value.peer == f"engine {server.url}"
-
-
-def test_answers_of_a_server_become_the_text_of_the_error(server: SimpleNamespace) -> None:
-    (engine,) = take_over([server.url], 0, 5.0)
-    server.answers["/start_weight_update"] = (500, {"error": "already active"})
-    with pytest.raises(RuntimeError, match="POST /start_weight_update: 500 .*already active"):
-        engine.client.start_weight_update()
-    server.answers["/reset_prefix_cache"] = (200, {"success": False})
-    with pytest.raises(RuntimeError, match="did not reset"):
-        engine.client.reset_caches()
-    server.answers["/resume"] = (0, None)
-    with pytest.raises(OSError):
-        engine.client.resume()
-
-
-def test_server_that_is_not_there_is_named() -> None:
-    with pytest.raises(errors.EngineError, match="ConnectionRefused") as caught:
-        take_over(["http://127.0.0.1:9"], 0, 5.0)
-    assert caught.value.reason == "ENGINE_CALL" and caught.value.peer == "engine http://127.0.0.1:9"
-
-
-@pytest.mark.parametrize("url", ["localhost:8000", "unix:/x", "http://", "ftp://host"])
-def test_malformed_url_is_refused(url: str) -> None:
-    with pytest.raises(errors.LayoutError, match="http://HOST:PORT"):
-        take_over([url], 0, 1.0)
-
-
 class _Handle:
     """A Ray handle: methods with ``remote``, only those that the actor has."""
 
@@ -313,6 +213,7 @@ _UPDATES = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("vllm_requests")
 @pytest.mark.parametrize(
     ("methods", "pause", "resume"),
     [
@@ -331,15 +232,14 @@ _UPDATES = (
 def test_ray_handle_gets_the_calls_of_its_class(
     monkeypatch: pytest.MonkeyPatch, methods: tuple, pause: tuple, resume: list
 ) -> None:
-    pytest.importorskip("vllm")
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda ref: ref[1]))
     handle = _Handle(*_UPDATES, *methods)
     (engine,) = take_over([handle], 0, 5.0)
     assert handle.calls == [("init_weight_transfer_engine", {})]
-    assert _drive(engine.client, "keep") == ("prefix",)
+    assert drive_client(engine.client, "keep") == ("prefix",)
     assert handle.calls[1:] == [
-        pause,
         ("collective_rpc", "weightd_engine"),
+        pause,
         ("start_weight_update",),
         ("update_weights", UPDATE),
         ("finish_weight_update", "7"),
@@ -352,7 +252,7 @@ def test_ray_handle_gets_the_calls_of_its_class(
 def test_engine_that_does_not_answer_is_given_up() -> None:
     class Slow:
         def __getattr__(self, name: str) -> Any:
-            if name in ("engine", "check_alive", "check_caller"):
+            if name in ("engine", "identify", "check_alive", "check_caller"):
                 raise AttributeError(name)
             return lambda *arguments: time.sleep(3)
 
