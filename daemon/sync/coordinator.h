@@ -120,9 +120,12 @@ class Coordinator {
   // ---- engine ranks
   StatusOr<std::shared_ptr<EngineSession>> JoinEngine(const EngineIdentity& identity,
                                                       std::shared_ptr<EnginePort> port);
-  /// \error UNKNOWN_ARCHITECTURE, UNKNOWN_PROFILE, CONFIG, DUPLICATE_TENSOR
-  StatusOr<WorkerEndpoint> RegisterEngine(EngineSession& session, const EngineModel& model,
-                                          std::vector<ParamInfo> params);
+  /// `trace` may be null. A rule file that describes the model wins over it unless model.traced,
+  /// which then says that the trace is wanted anyway. \error UNKNOWN_ARCHITECTURE,
+  /// UNKNOWN_PROFILE, CONFIG, DUPLICATE_TENSOR
+  StatusOr<WorkerEndpoint> RegisterEngine(EngineSession& session, EngineModel model,
+                                          std::vector<ParamInfo> params,
+                                          std::shared_ptr<const TracedLayout> trace);
   void Quiesced(EngineSession& session, AttemptId attempt, const Status& status);
   void Committed(EngineSession& session, AttemptId attempt, const Status& status,
                  std::vector<std::string> caches_reset);

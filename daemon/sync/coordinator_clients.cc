@@ -163,10 +163,13 @@ StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIde
   return session;
 }
 
-StatusOr<WorkerEndpoint> Coordinator::RegisterEngine(EngineSession& session,
-                                                     const EngineModel& model,
-                                                     std::vector<ParamInfo> params) {
-  WEIGHTD_RETURN_IF_ERROR(loaders_->Find(model.architecture, model.profile).status());
+StatusOr<WorkerEndpoint> Coordinator::RegisterEngine(EngineSession& session, EngineModel model,
+                                                     std::vector<ParamInfo> params,
+                                                     std::shared_ptr<const TracedLayout> trace) {
+  const Status found = loaders_->Find(model.architecture, model.profile).status();
+  if (trace == nullptr) WEIGHTD_RETURN_IF_ERROR(found);
+  model.traced = trace != nullptr && (model.traced || !found.ok());
+  if (!model.traced) trace = nullptr;
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(params, "parameter"));
   if (!model.commit_mode.empty() && model.commit_mode != "in_place") {
     return Error(StatusCode::kInvalidArgument, reason::kConfig, "use commit_mode \"in_place\"",
@@ -190,6 +193,7 @@ StatusOr<WorkerEndpoint> Coordinator::RegisterEngine(EngineSession& session,
     rank->label = label;
     rank->process = identity.process;
     rank->params = std::move(params);
+    rank->traced = std::move(trace);
     rank->held_version = identity.held_version;
     rank->dirty = identity.dirty;
     WEIGHTD_RETURN_IF_ERROR(

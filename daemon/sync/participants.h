@@ -58,7 +58,7 @@ struct ReplicaView {
 
 /// The loader of one replica, evaluated for every rank.
 struct ResolvedReplica {
-  std::string loader;      ///< origin of the rule file
+  std::string loader;      ///< origin of the rule file, or kTracedOrigin
   std::string layout_key;  ///< equal for replicas with equal layouts, whose digests are comparable
   std::vector<std::shared_ptr<const RankLayout>> layouts;  ///< in (pp, tp) order
   std::vector<uint32_t> skipped;                           ///< source tensors that a rule skips

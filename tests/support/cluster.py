@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 30.0
@@ -95,9 +95,21 @@ class Cluster:
         self._daemon = None
         return status
 
-    def start_engines(self, name: str) -> EngineProcess:
-        """Starts a process that can hold engine ranks."""
-        engines = EngineProcess(name, self.address, self.folder / f"{name}.log")
+    def start_engines(
+        self,
+        name: str,
+        module: str = "tests.support.engine_process",
+        environment: Optional[Mapping[str, str]] = None,
+    ) -> EngineProcess:
+        """Starts a process that can hold engine ranks.
+
+        Args:
+            name: for logs.
+            module: what it runs; it gets the daemon's address and serves requests.
+            environment: more of it.
+        """
+        path = self.folder / f"{name}.log"
+        engines = EngineProcess(name, self.address, path, module, environment or {})
         self._engines.append(engines)
         return engines
 
@@ -140,7 +152,14 @@ class EngineProcess:
     One caller at a time, in this process or in one forked from it.
     """
 
-    def __init__(self, name: str, address: str, log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        log_path: Path,
+        module: str,
+        more_environment: Mapping[str, str],
+    ) -> None:
         self.name = name
         self._log_path = log_path
         environment = dict(os.environ)
@@ -148,9 +167,11 @@ class EngineProcess:
         if "WEIGHTD_INSTALLED" in environment:
             paths = paths[1:]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
+        for key, value in more_environment.items():
+            environment[key] = f"{value}:{environment[key]}" if key == "PYTHONPATH" else value
         with open(log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.engine_process", address],
+                [sys.executable, "-m", module, address],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

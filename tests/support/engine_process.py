@@ -76,10 +76,9 @@ class Ranks:
             self.close(key)
 
 
-def main() -> None:
-    """Serves requests until the input ends."""
+def serve(ranks: Any) -> None:
+    """Answers requests with the methods of ``ranks`` until the input ends, then closes all."""
     torch.set_num_threads(1)
-    ranks = Ranks(sys.argv[1])
     for line in sys.stdin:
         request = json.loads(line)
         operation: Callable[..., Any] = getattr(ranks, request.pop("operation"))
@@ -92,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Ranks(sys.argv[1]))

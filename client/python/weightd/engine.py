@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Union
 from weightd import _memory, _native
 from weightd._layout import LocalTensor, describe
 from weightd._marshal import fill_memory
+from weightd._registration import Layout, register
 from weightd._source import named_pairs
 from weightd.errors import (
     DEADLINE_EXCEEDED,
@@ -47,6 +48,11 @@ class EngineRank:
             layout. Their storages move into shared memory in place; names that share storage,
             offset and shape are registered as one parameter with aliases. References are kept.
         profile: naming and merging convention of the engine.
+        layout: for a model that no rule file describes, what `weightd.trace.trace_loader` found,
+            or a function that finds it. A rule file that describes (architecture, profile) wins; a
+            function is only called where none does; in the background (``connect_timeout`` < 0),
+            and with ``prefer_layout``, it is called at once.
+        prefer_layout: use ``layout`` although a rule file describes the model.
         tp_rank, tp_size, pp_rank, pp_size, ep_rank, ep_size, dp_rank: coordinates of this rank.
         quiesce: called on a thread of this object before memory is written; returns when nobody
             reads the parameters any more. Raising leaves this replica untouched.
@@ -78,13 +84,17 @@ class EngineRank:
         ep_rank: int = 0,
         ep_size: int = 1,
         dp_rank: int = 0,
+        layout: Optional[Layout] = None,
+        prefer_layout: bool = False,
         quiesce: Optional[Quiesce] = None,
         commit: Optional[Commit] = None,
         connect_timeout: float = 10.0,
     ) -> None:
         self._lib = _native.library()
         pairs = named_pairs(params)
-        layout = [_checked(name, tensor) for name, tensor in pairs]
+        described = [_checked(name, tensor) for name, tensor in pairs]
+        if callable(layout) and (prefer_layout or connect_timeout < 0):
+            layout = layout()
         options = _native.EngineOptions(
             address=_native.encode(address),
             model=_native.encode(model),
@@ -123,8 +133,8 @@ class EngineRank:
             self._stop,
         )
         try:
-            array = param_array(layout, pairs, shared)
-            _native.check(self._lib.weightd_engine_register(self._handle, array, len(pairs)))
+            array = param_array(described, pairs, shared)
+            register(self._lib, self._handle, array, len(pairs), layout, prefer_layout)
         except BaseException:
             self._close()
             raise
