@@ -43,15 +43,19 @@ std::string EngineClient::StateJson() const {
   const Status& error = !view_.fatal.ok()        ? view_.fatal
                         : !view_.last_error.ok() ? view_.last_error
                                                  : truth_.error();
-  return Dump({{"connected", view_.connected},
-               {"registered", view_.registered},
-               {"state", StateName(truth_.state())},
-               {"version", truth_.version()},
-               {"dirty", truth_.dirty()},
-               {"attempt", AttemptText(truth_.attempt())},
-               {"pending", PendingName(truth_.pending())},
-               {"worker", view_.worker},
-               {"error", ErrorJson(error)}});
+  return Dump(
+      {{"connected", view_.connected},
+       {"registered", view_.registered},
+       {"state", StateName(truth_.state())},
+       {"version", truth_.version()},
+       {"dirty", truth_.dirty()},
+       {"attempt", AttemptText(truth_.attempt())},
+       {"pending", PendingName(truth_.pending())},
+       {"offered", truth_.offered()},
+       {"idle",
+        {{"count", idle_.count}, {"version", idle_.version}, {"error", ErrorJson(idle_.error)}}},
+       {"worker", view_.worker},
+       {"error", ErrorJson(error)}});
 }
 
 uint64_t EngineClient::Wait(uint64_t since, int timeout_ms) {
@@ -146,6 +150,11 @@ void EngineClient::HandleEvent(const v1::EngineEvent& event) {
   if (event.has_commit()) return OnCommit(event.commit());
   if (event.has_outcome()) {
     Publish([this, &event](View&) { truth_.Outcome(event.outcome()); });
+  }
+  if (event.has_idle()) {
+    Publish([this, &event](View&) {
+      idle_ = {idle_.count + 1, event.idle().version(), FromProto(event.idle().error())};
+    });
   }
 }
 

@@ -68,6 +68,14 @@ class EngineClient final : public Session<EngineProtocol> {
   const std::string incarnation_;
   std::shared_ptr<const EngineRegistration> registration_;  // session thread; shared with offers
   EngineTruth truth_;                                       // guarded by mutex_
+
+  /// The last word that no attempt is coming; see EngineIdle.
+  struct Idle {
+    uint64_t count = 0;
+    uint64_t version = 0;
+    Status error;
+  };
+  Idle idle_;  // guarded by mutex_
 };
 
 }  // namespace weightd

@@ -23,6 +23,8 @@ class EngineTruth {
   bool dirty() const { return dirty_; }
   v1::EngineState state() const { return state_; }
   Pending pending() const { return pending_; }
+  /// The version that the running attempt brings; 0 outside of one.
+  uint64_t offered() const { return running_ ? offered_version_ : 0; }
   /// Why the last attempt failed; OK if it did not.
   const Status& error() const { return error_; }
 

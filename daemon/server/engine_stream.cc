@@ -16,6 +16,7 @@ class Port : public EnginePort {
   void SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) override;
   void SendCommit(AttemptId attempt, uint64_t version) override;
   void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) override;
+  void SendIdle(uint64_t version, const Status& why) override;
   void SendWorkerChanged(const WorkerEndpoint& endpoint) override;
   void Send(v1::EngineEvent event);
   StreamHandle<EngineStream>& handle() { return handle_; }
@@ -222,6 +223,13 @@ void Port::SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool un
   proto->set_state(static_cast<v1::EngineState>(outcome.state));
   if (!outcome.error.ok()) *proto->mutable_error() = ToProto(outcome.error);
   proto->set_untouched(untouched);
+  Send(std::move(event));
+}
+
+void Port::SendIdle(uint64_t version, const Status& why) {
+  v1::EngineEvent event;
+  event.mutable_idle()->set_version(version);
+  if (!why.ok()) *event.mutable_idle()->mutable_error() = ToProto(why);
   Send(std::move(event));
 }
 

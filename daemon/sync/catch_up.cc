@@ -162,7 +162,7 @@ void CatchUpSession::Finish(const Status& status) {
   outcome.version = status.ok() ? source_.version : touched_ ? 0 : view_.version;
   outcome.state = host_.StateOf(view_);
   outcome.error = status;
-  outcome.verified = status.ok() ? "memory" : "";
+  outcome.verified = status.ok() ? view_.verified() : "";
   for (const TargetView& target : view_.targets) {
     target.port->SendOutcome(attempt_, outcome, !touched_);
   }

@@ -103,7 +103,7 @@ void Coordinator::FinishSync(ModelRoom& room, const SyncReport& report) {
                  Message(report.error), room.model.name(), report.version, fields.phase,
                  fields.reason, fields.peer);
   }
-  for (const auto& replica : room.model.replicas()) MaybeCatchUp(room, replica);
+  for (const auto& replica : room.model.replicas()) (void)MaybeCatchUp(room, replica);
   MaybeRetain(room);
 }
 

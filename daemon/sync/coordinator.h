@@ -184,7 +184,8 @@ class Coordinator {
   void RunRetain(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock);
   void RunCatchUp(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock);
   std::optional<CatchUpSource> FindCatchUp(const ModelRoom& room, const ReplicaView& view) const;
-  void MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& replica);
+  bool MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& replica);
+  static void TellIdle(const ReplicaView& view);
   void FinishSync(ModelRoom& room, const SyncReport& report);
   GroupView ViewOf(const ActorGroup& group) const;
   ReplicaView ViewOf(const std::shared_ptr<Replica>& replica) const;

@@ -199,7 +199,8 @@ StatusOr<WorkerEndpoint> Coordinator::RegisterEngine(EngineSession& session, Eng
     WEIGHTD_RETURN_IF_ERROR(
         session.room->model.SetEngine(*session.replica, model, std::move(rank)));
     Observe(*session.room, *session.replica);
-    MaybeCatchUp(*session.room, session.replica);
+    const bool catches_up = MaybeCatchUp(*session.room, session.replica);
+    if (!catches_up && session.replica->complete()) TellIdle(ViewOf(session.replica));
   }
   Failpoint("registered");
   return endpoint;

@@ -130,24 +130,32 @@ std::optional<CatchUpSource> Coordinator::FindCatchUp(const ModelRoom& room,
 }
 
 // A replica that does not hold the published version, outside an attempt, may catch up if there is
-// a source.
-void Coordinator::MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& replica) {
+// a source. True if it is about to.
+bool Coordinator::MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& replica) {
   const uint64_t version = room.model.ledger().highest();
   const bool idle = replica->state == ReplicaState::kRegistered ||
                     replica->state == ReplicaState::kPoisoned ||
                     replica->state == ReplicaState::kServing;
   if (!config_.sync.catch_up || draining_ || !idle || !replica->complete() || version == 0 ||
       replica->version == version) {
-    return;
+    return false;
   }
   const bool queued = std::any_of(room.jobs.begin(), room.jobs.end(),
                                   [&](const Job& job) { return job.catch_up == replica; });
-  if (queued || !FindCatchUp(room, ViewOf(replica)).has_value()) return;
+  if (queued) return true;
+  if (!FindCatchUp(room, ViewOf(replica)).has_value()) return false;
   Job job;
   job.mailbox = std::make_shared<Mailbox>();
   job.host = std::make_shared<RoomHost>(*this, room, nullptr);
   job.catch_up = replica;
   Enqueue(room, std::move(job));
+  return true;
+}
+
+void Coordinator::TellIdle(const ReplicaView& view) {
+  for (const TargetView& target : view.targets) {
+    if (target.port != nullptr) target.port->SendIdle(0, absl::OkStatus());
+  }
 }
 
 // After a sync: one replica that serves the newest version is copied for those that come late.
@@ -183,13 +191,13 @@ void Coordinator::RunRetain(ModelRoom& room, const Job& job, std::unique_lock<st
   }
   room.retained_version = job.version;
   room.retained_layout = key;
-  for (const auto& replica : room.model.replicas()) MaybeCatchUp(room, replica);
+  for (const auto& replica : room.model.replicas()) (void)MaybeCatchUp(room, replica);
 }
 
 void Coordinator::RunCatchUp(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock) {
   ReplicaView view = ViewOf(job.catch_up);
   const std::optional<CatchUpSource> source = FindCatchUp(room, view);
-  if (!job.catch_up->complete() || !source.has_value()) return;
+  if (!job.catch_up->complete() || !source.has_value()) return TellIdle(view);
   lock.unlock();
   CatchUpSession session(*job.host, *job.mailbox, view, *source);
   const Status status = session.Run();

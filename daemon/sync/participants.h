@@ -54,6 +54,9 @@ struct ReplicaView {
   uint64_t version = 0;
   std::vector<TargetView> targets;  ///< in (pp, tp) order
   std::string label() const { return fmt::format("engine {} dp {}", engine, dp_rank); }
+  /// What a digest of its lent memory vouches for: "memory", or "loadable" if the engine converts
+  /// some of it.
+  const char* verified() const;
 };
 
 /// The loader of one replica, evaluated for every rank.

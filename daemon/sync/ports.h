@@ -71,6 +71,8 @@ class EnginePort {
   virtual void SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) = 0;
   virtual void SendCommit(AttemptId attempt, uint64_t version) = 0;
   virtual void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) = 0;
+  /// No attempt is coming; see weightd.v1.EngineIdle.
+  virtual void SendIdle(uint64_t version, const Status& why) = 0;
   virtual void SendWorkerChanged(const WorkerEndpoint& endpoint) = 0;
 };
 

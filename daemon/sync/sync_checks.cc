@@ -11,6 +11,15 @@ bool GroupView::complete() const {
          std::all_of(ranks.begin(), ranks.end(), [](const auto& rank) { return rank != nullptr; });
 }
 
+const char* ReplicaView::verified() const {
+  for (const TargetView& target : targets) {
+    for (const ParamInfo& param : target.rank->params) {
+      if (param.kind == ParamKind::kDerived) return "loadable";
+    }
+  }
+  return "memory";
+}
+
 Status SyncSession::CheckRanksPresent() const {
   if (group_.superseded) {
     return Error(StatusCode::kAborted, reason::kFenced,

@@ -180,6 +180,17 @@ std::vector<SyncSession::ReplicaRun*> SyncSession::Viable() {
   return viable;
 }
 
+void SyncSession::TellEngines(const ReplicaRun& run, const ReplicaOutcome& outcome) const {
+  if (!run.prepared) return SendIdle(run.view, run.error);
+  for (const TargetView& target : run.view.targets) {
+    target.port->SendOutcome(run.attempt, outcome, !run.touched);
+  }
+}
+
+void SyncSession::SendIdle(const ReplicaView& view, const Status& why) const {
+  for (const TargetView& target : view.targets) target.port->SendIdle(version_, why);
+}
+
 SyncSession::ReplicaRun* SyncSession::FindAttempt(AttemptId attempt) {
   if (attempt == AttemptId{}) return nullptr;
   for (ReplicaRun& run : replicas_) {

@@ -146,6 +146,9 @@ SyncReport SyncSession::Report(Status error) {
   if (reservation_.valid()) reservation_.get();
   if (!error.ok()) FailAll(error);
   Fence();
+  if (replicas_.empty()) {  // it ended before it looked at them
+    for (const ReplicaView& view : host_.ViewReplicas()) SendIdle(view, error);
+  }
   SyncReport report;
   report.version = version_;
   report.error = error;
@@ -163,13 +166,9 @@ SyncReport SyncSession::Report(Status error) {
     outcome.state = host_.StateOf(run.view);
     outcome.version = run.committed ? version_ : run.touched ? 0 : run.view.version;
     outcome.error = run.error;
-    outcome.verified = run.committed ? "memory" : "";
+    outcome.verified = run.committed ? run.view.verified() : "";
     outcome.caches_reset = run.caches;
-    if (run.prepared) {
-      for (const TargetView& target : run.view.targets) {
-        target.port->SendOutcome(run.attempt, outcome, !run.touched);
-      }
-    }
+    TellEngines(run, outcome);
     if (run.committed) {
       ++committed;
       if (!run.already) report.bytes += run.plan->compiled->bytes;

@@ -92,6 +92,8 @@ class SyncSession {
   void Fail(ReplicaRun& run, Status error);
   void FailAll(const Status& error);
   void Fence();
+  void TellEngines(const ReplicaRun& run, const ReplicaOutcome& outcome) const;
+  void SendIdle(const ReplicaView& view, const Status& why) const;
   void SendProgress();
   std::vector<std::string> MissingMembers();
   Status ActorLost(MemberId member, const Status& cause) const;

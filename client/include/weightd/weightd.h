@@ -271,11 +271,16 @@ WEIGHTD_API weightd_error* weightd_engine_register_traced(weightd_engine* engine
                                                           const weightd_trace* trace);
 
 /* State as JSON:
- * {"connected","registered","state","version","dirty","attempt","pending","worker","error"}.
+ * {"connected","registered","state","version","dirty","attempt","pending","offered","idle",
+ * "worker","error"}.
  * `state` is the name of weightd.v1.EngineState without prefix: POISONED means that a failed sync
  * may have torn the parameters. (version, attempt, dirty) is what is true about this rank's memory;
  * it is reported again to a restarted daemon, but only when no worker maps the memory any more.
- * `pending` is "", "prepare" or "commit": what the daemon waits for. `error` is null or an object
+ * `pending` is "", "prepare" or "commit": what the daemon waits for; `offered` the version that the
+ * running attempt brings, 0 outside of one. `idle` is {"count","version","error"}: how often the
+ * daemon has said that no attempt is coming, and its last such word: a sync of `version` ended
+ * without this rank for the reason `error`, or (0) it was registered and has nothing to catch up
+ * with. `error` is null or an object
  * as in a sync's result: why the session is down, else why the last attempt failed. Never blocks.
  * Caller frees. */
 WEIGHTD_API char* weightd_engine_state(weightd_engine* engine);

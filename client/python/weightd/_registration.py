@@ -56,7 +56,7 @@ def trace_struct(
 
     Args:
         layout: of this rank. Parameters are found by name; a name that is an alias stands for the
-            parameter whose memory it shares.
+            parameter whose memory it shares, and is left out if that one was traced, too.
         array: what `engine.param_array` built.
         count: number of its parameters.
         preferred: use the trace although a rule file describes the model.
@@ -65,10 +65,14 @@ def trace_struct(
         errors.LayoutError: UNKNOWN_TENSOR / SHAPE: the parameters are not those that were traced.
     """
     position = {array[i].name.decode(): i for i in range(count)}
-    for i in range(count):
-        if array[i].alias_of is not None:
-            position[array[i].name.decode()] = position[array[i].alias_of.decode()]
-    places = []
+    alias_of = {
+        array[i].name.decode(): array[i].alias_of.decode()
+        for i in range(count)
+        if array[i].alias_of is not None
+    }
+    position |= {alias: position[name] for alias, name in alias_of.items()}
+    traced = {name for name, _ in layout.params}
+    places: list[Optional[int]] = []
     for name, shape in layout.params:
         place = position.get(name)
         if place is None:
@@ -80,28 +84,30 @@ def trace_struct(
                 f"registered={list(param.shape[: param.num_dims])}"
             )
             raise _not_traced(message, "SHAPE", name)
-        places.append(place)
+        written_as_another = alias_of.get(name) in traced
+        places.append(None if written_as_another else place)
+    kept = [write for write in layout.writes if places[write.param] is not None]
     sources = (_native.TracedSource * max(1, len(layout.sources)))()
     for target, (name, shape, _) in zip(sources, layout.sources):
         target.name = name.encode("utf-8")
         target.num_dims = len(shape)
         target.shape[: len(shape)] = shape
-    writes = (_native.TracedWrite * max(1, len(layout.writes)))()
+    writes = (_native.TracedWrite * max(1, len(kept)))()
     step = ctypes.sizeof(_native.TracedWrite)
-    for index, write in enumerate(layout.writes):
+    for index, write in enumerate(kept):
         _WRITE.pack_into(writes, index * step, *_numbers(places[write.param], write))
     trace = _native.Trace(
         ctypes.cast(sources, ctypes.POINTER(_native.TracedSource)),
         len(layout.sources),
         ctypes.cast(writes, ctypes.POINTER(_native.TracedWrite)),
-        len(layout.writes),
+        len(kept),
         int(preferred),
     )
     trace.keep_alive = (sources, writes)
     return trace
 
 
-def _numbers(place: int, write: TracedWrite) -> list[int]:
+def _numbers(place: Optional[int], write: TracedWrite) -> list[Optional[int]]:
     """The fields of one ``weightd_traced_write`` in order."""
     numbers = [place, write.source]
     for dims in (write.target_origin, write.extent, write.source_origin, write.source_dim):

@@ -208,6 +208,26 @@ TEST_CASE("a torn engine shows that it is poisoned") {
   CHECK(state["dirty"] == true);
 }
 
+TEST_CASE("an engine sees what is offered to it, and when nothing is coming") {
+  Rig rig;
+  const EnginePtr engine = rig.Registered(false);
+  json state = TakeJson(weightd_engine_state(engine.get()));
+  CHECK(state["offered"] == 0);
+  CHECK(state["idle"] == json{{"count", 0}, {"version", 0}, {"error", nullptr}});
+  rig.Prepare(1, 7);
+  AwaitState(engine, [](const json& s) { return s["offered"] == 7; });
+  rig.Outcome(1, v1::ENGINE_STATE_REGISTERED, true);
+  AwaitState(engine, [](const json& s) { return s["offered"] == 0; });
+  v1::EngineEvent event;
+  event.mutable_idle()->set_version(8);
+  event.mutable_idle()->mutable_error()->set_code(4);
+  event.mutable_idle()->mutable_error()->set_reason("DEADLINE");
+  REQUIRE(rig.daemon->engine.Send(event));
+  state = AwaitState(engine, [](const json& s) { return s["idle"]["count"] == 1; });
+  CHECK(state["idle"]["version"] == 8);
+  CHECK(state["idle"]["error"]["reason"] == "DEADLINE");
+}
+
 TEST_CASE("an older attempt is refused") {
   Rig rig;
   const EnginePtr engine = rig.Registered(true);

@@ -39,6 +39,15 @@ def test_views_of_other_parts_are_no_aliases(library: FakeLibrary) -> None:
         assert [param["offset_bytes"] for param in library.params] == [0, 16, 0]
 
 
+def test_kinds_are_told_and_opaque_parameters_are_not_lent(library: FakeLibrary) -> None:
+    pairs = [("a", torch.zeros(2)), ("b", torch.zeros(2)), ("c", torch.zeros(1).expand(3))]
+    with _engine(pairs, kinds={"b": "derived", "c": "opaque"}):
+        assert [param["kind"] for param in library.params] == [1, 2, 3]
+        assert [param["fd"] >= 0 for param in library.params] == [True, True, False]
+    with pytest.raises(errors.LayoutError, match="unknown kind of parameter: packed"):
+        _engine(kinds={"w": "packed"})
+
+
 def test_memory_that_cannot_be_lent_is_refused(library: FakeLibrary) -> None:
     tensor = torch.zeros(2)
     tensor.numpy()
@@ -108,6 +117,17 @@ def test_traced_name_may_be_an_alias(library: FakeLibrary) -> None:
         assert {write[0] for write in library.trace["writes"]} == {0}
 
 
+def test_names_that_are_tied_by_now_are_written_once(library: FakeLibrary) -> None:
+    both = TracedLayout(
+        params=(("embed", (2, 2)), ("head", (2, 2))),
+        sources=(TracedSource("e", (2, 2), True), TracedSource("h", (2, 2), True)),
+        writes=tuple(TracedWrite(i, i, (0, 0), (2, 2), (0, 0), (0, 1)) for i in range(2)),
+    )
+    tensor = torch.zeros(2, 2)
+    with _engine([("embed", tensor), ("head", tensor[:])], layout=both):
+        assert [write[:2] for write in library.trace["writes"]] == [(0, 0)]
+
+
 def test_other_parameters_than_the_traced_are_refused(library: FakeLibrary) -> None:
     with pytest.raises(errors.LayoutError, match="not registered") as caught:
         _engine([("v", torch.zeros(3, 2))], layout=_traced())
@@ -134,6 +154,12 @@ def test_in_the_background_the_layout_is_traced_at_once(library: FakeLibrary) ->
     with _engine([("w", torch.zeros(3, 2))], layout=_traced, connect_timeout=-1):
         assert library.calls == ["open", "register_traced"]
         assert library.trace["preferred"] == 0
+
+
+def test_a_trace_may_come_later(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(3, 2))], connect_timeout=-1) as engine:
+        engine.register_layout(_traced())
+        assert library.calls == ["open", "register", "register_traced"]
 
 
 def test_state_version_and_readiness(library: FakeLibrary) -> None:
@@ -194,6 +220,16 @@ def test_callback_that_raises_is_reported_and_the_thread_lives_on(library: FakeL
             _until(library, lambda count=count: len(library.answers) == count)
         assert engine.state["pending"] == ""
     assert library.answers == [("quiesced", None, "RuntimeError: cannot pause")] * 2
+
+
+def test_waiting_for_a_change_ends_with_the_change_or_a_wake(library: FakeLibrary) -> None:
+    with _engine(quiesce=lambda: None) as engine:
+        seen = engine.wait_change(-1, 0.0)
+        library.set_engine_state(state="SERVING", version=3)
+        changed = engine.wait_change(seen, 30.0)
+        assert changed > seen and engine.version == 3
+        engine.wake()
+        assert engine.wait_change(changed, 30.0) == changed + 1
 
 
 def _until(library: FakeLibrary, condition: Any) -> None:

@@ -21,6 +21,10 @@ class FakeEngine : public EnginePort {
                                          : untouched       ? ": untouched"
                                                      : ": " + std::string(Name(outcome.state))));
   }
+  void SendIdle(uint64_t version, const Status& why) override {
+    fixture_.idle.push_back(
+        fmt::format("{}: {} {}", name_, version, why.ok() ? "ok" : FieldsOf(why).reason));
+  }
   void SendWorkerChanged(const WorkerEndpoint&) override {}
 
  private:

@@ -44,6 +44,7 @@ class SyncFixture : public SessionHost {
   std::vector<std::shared_ptr<Replica>> replicas;
   std::vector<MemberId> engine_members;
   std::vector<std::string> outcomes;  ///< "engine e0: committed", "... untouched", "... POISONED"
+  std::vector<std::string> idle;      ///< "engine e0: 1 ok": version and reason of SendIdle
   std::vector<std::string> worker_log;
   bool worker_alive = true;
   bool worker_killed = false;

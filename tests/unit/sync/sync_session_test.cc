@@ -66,6 +66,8 @@ TEST_CASE("a layout error refuses the sync before anything is prepared") {
   CHECK(FieldsOf(report.error).reason == reason::kUncoveredParameter);
   CHECK(FieldsOf(report.error).phase == "resolve_layouts");
   CHECK(fixture.outcomes.empty());
+  CHECK(fixture.idle ==
+        Strings{"engine e0: 1 UNCOVERED_PARAMETER", "engine e1: 1 UNCOVERED_PARAMETER"});
   CHECK(fixture.worker_log.empty());
 }
 
@@ -144,6 +146,32 @@ TEST_CASE("a rank that never arrives is named at the deadline of admit") {
   CHECK(report.error.code() == StatusCode::kDeadlineExceeded);
   CHECK(FieldsOf(report.error).peer == "actor 1");
   CHECK(fixture.outcomes.empty());
+  CHECK(fixture.idle == Strings{"engine e0: 1 DEADLINE"});
+}
+
+TEST_CASE("an engine that holds the version already is told that no attempt is coming") {
+  SyncFixture fixture(2);
+  fixture.script.on_step = [&](const StepCommand& command) {
+    const bool fails = command.attempt.counter == 2;
+    fixture.StepDone(
+        command, 42,
+        fails ? Error(StatusCode::kUnavailable, reason::kPeerLost, "", "gone") : Status());
+  };
+  REQUIRE_FALSE(fixture.Sync(1).error.ok());
+  CHECK(fixture.idle.empty());
+  fixture.script.on_step = nullptr;
+  REQUIRE(fixture.Sync(1).error.ok());
+  CHECK(fixture.idle == Strings{"engine e0: 1 ok"});
+}
+
+TEST_CASE("derived parameters are acknowledged as loadable") {
+  SyncFixture fixture;
+  CHECK(std::string(fixture.ViewReplicas()[0].verified()) == "memory");
+  ReplicaView view = fixture.ViewReplicas()[0];
+  auto rank = std::make_shared<EngineRank>(*view.targets[0].rank);
+  rank->params = {{"a", {1}, DType::kFloat32}, {"b", {1}, DType::kFloat32, ParamKind::kDerived}};
+  view.targets[0].rank = rank;
+  CHECK(std::string(view.verified()) == "loadable");
 }
 
 }  // namespace
