@@ -185,12 +185,14 @@ StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIde
   return session;
 }
 
-StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(EngineSession& session,
-                                                                  const std::string& device,
-                                                                  const EngineModel& model,
-                                                                  std::vector<ParamInfo> params) {
+StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
+    EngineSession& session, const std::string& device, EngineModel model,
+    std::vector<ParamInfo> params, std::shared_ptr<const TracedLayout> trace) {
+  const Status found = loaders_->CheckProfile(model.architecture, model.profile, params);
+  if (trace == nullptr) WEIGHTD_RETURN_IF_ERROR(found);
+  model.traced = trace != nullptr && (model.traced || !found.ok());
+  if (!model.traced) trace = nullptr;
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(params, "parameter"));
-  WEIGHTD_RETURN_IF_ERROR(loaders_->CheckProfile(model.architecture, model.profile, params));
   if (!model.commit_mode.empty() && model.commit_mode != "in_place") {
     return Error(StatusCode::kInvalidArgument, reason::kConfig, "use commit_mode \"in_place\"",
                  "commit mode is not supported: {}", model.commit_mode);
@@ -216,6 +218,7 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(EngineSession&
     rank->process = identity.process;
     rank->device = device;
     rank->params = std::move(params);
+    rank->traced = std::move(trace);
     rank->held_version = identity.held_version;
     rank->dirty = identity.dirty;
     WEIGHTD_RETURN_IF_ERROR(

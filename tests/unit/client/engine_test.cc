@@ -28,6 +28,28 @@ TEST_CASE("an engine that nobody reads is prepared and committed without its cal
   CHECK(state["attempt"] == "1.1");
 }
 
+TEST_CASE("a trace is announced with the registration that it belongs to") {
+  EngineRig rig;
+  rig.daemon->Start();
+  const EnginePtr engine = rig.Open(true);
+  weightd_param param = rig.Param();
+  const weightd_traced_source source{.name = "w", .num_dims = 1, .shape = {40}};
+  const weightd_traced_write writes[] = {
+      {.param = 0, .source = 0, .extent = {12}, .source_origin = {5}, .source_dim = {0}},
+      {.param = 0, .source = -1, .target_origin = {12}, .extent = {4}}};
+  const weightd_trace trace{&source, 1, writes, 2, 1};
+  REQUIRE(weightd_engine_register_traced(engine.get(), &param, 1, &trace) == nullptr);
+  const v1::TracePage page = rig.Await([](const auto& r) { return r.has_trace(); }).trace();
+  CHECK(page.sources(0).shape(0) == 40);
+  CHECK(page.writes(0).source_origin(0) == 5);
+  CHECK(page.writes(1).zero_fill());
+  const v1::EngineRegister last =
+      rig.Await([](const auto& r) { return r.has_register_(); }).register_();
+  CHECK(last.num_traced_sources() == 1);
+  CHECK(last.num_traced_writes() == 2);
+  CHECK(last.prefer_trace());
+}
+
 TEST_CASE("the caller answers prepare and commit when it asked for that") {
   EngineRig rig;
   const EnginePtr engine = rig.Registered(false);
@@ -73,7 +95,7 @@ TEST_CASE("a torn engine shows that it is poisoned") {
 }
 
 TEST_CASE("an engine sees what is offered to it, and when nothing is coming") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Registered(false);
   json state = TakeJson(weightd_engine_state(engine.get()));
   CHECK(state["offered"] == 0);
