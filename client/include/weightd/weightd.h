@@ -205,8 +205,9 @@ typedef struct weightd_engine_options {
   int32_t connect_timeout_ms; /* 0 = 10,000; < 0: do not wait, keep trying in the background */
 } weightd_engine_options;
 
-/* One parameter of this rank. kind: 1 raw, 2 derived, 3 opaque. alias_of: NULL, or the parameter
- * whose storage it shares. */
+/* One parameter of this rank. kind: 1 raw; 2 derived: lent in its loadable layout, converted before
+ * Commit is answered; its memory must stay as it was transferred, since peers catch up from it; 3
+ * opaque: listed only. alias_of: NULL, or the parameter whose storage it shares. */
 typedef struct weightd_param {
   const char* name;
   weightd_dtype dtype;

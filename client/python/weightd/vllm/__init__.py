@@ -14,10 +14,11 @@ def register() -> None:
     """Registers backend ``weightd`` with vLLM. May be called again."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from weightd.vllm import post_load
+    from weightd.vllm import guard, post_load
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "weightd.vllm.engine", "WeightdTransferEngine"
         )
     post_load.install()
+    guard.install_in_core(BACKEND)
