@@ -114,3 +114,15 @@ def test_content_is_read_without_tying_it_to_numpy() -> None:
     Snapshot(model)
     model.linear.weight.untyped_storage()._share_fd_cpu_()
     assert model.linear.weight.untyped_storage().is_shared()
+
+
+def test_the_digest_for_other_devices_sees_every_byte_and_its_place() -> None:
+    content = torch.arange(40, dtype=torch.float32)
+    digests = {post_load._device_digest(content)}
+    for place in range(40):
+        other = content.clone()
+        other[place] += 1
+        digests.add(post_load._device_digest(other))
+    digests.add(post_load._device_digest(content.flip(0)))
+    assert len(digests) == 42
+    assert post_load._device_digest(content.clone()) in digests

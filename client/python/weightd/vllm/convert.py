@@ -125,7 +125,9 @@ class Parameters:
                 _check_repeatable(module, name, attribute)
                 buffer = by_address.get(mark.address)
                 if buffer is None:
-                    buffer = torch.empty_strided(mark.shape, mark.stride, dtype=mark.dtype)
+                    buffer = torch.empty_strided(
+                        mark.shape, mark.stride, dtype=mark.dtype, device=mark.device
+                    )
                     by_address[mark.address] = buffer
                 derived.staged[attribute] = buffers[name] = buffer
         return buffers

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -136,6 +137,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         if complaint:
             logger.error("weightd: update_weights: %s", complaint)
         else:
+            self._synchronize()  # kernels of the last step may still read
             self._run(_Session(version))
         self._agree()
 
@@ -249,12 +251,17 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         try:
             with set_current_vllm_config(self.vllm_config):
                 self.parameters.convert(self.model_config)
+            self._synchronize()
         except Exception as error:  # becomes the outcome of this replica
             logger.exception("weightd: cannot convert derived parameters")
             job.error = error
         with self._cv:
             job.done = True
             self._cv.notify_all()
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def _agree(self) -> None:
         """Makes all ranks of the replica refuse the model if one of them has to."""
