@@ -39,7 +39,7 @@ struct ActorGroup {
   std::vector<std::shared_ptr<const ActorRank>> ranks;  ///< nullptr: not registered
   std::vector<bool> joined;  ///< a live session has said hello for this rank
   std::vector<bool> lost;    ///< was registered and died
-  uint64_t generation = 0;   ///< grows with every registration and loss
+  uint64_t generation = 0;   ///< another one after every registration and loss, never reused
   bool superseded = false;
 
   int registered() const;
@@ -81,7 +81,7 @@ struct Replica {
   uint64_t version = 0;                       ///< 0: none
   Status error;                               ///< why it is not ready, if something went wrong
   std::string loader;                         ///< what describes it, once known
-  uint64_t generation = 0;
+  uint64_t generation = 0;                    ///< as of a group
 
   bool complete() const { return static_cast<int>(ranks.size()) == model.num_ranks; }
   std::string label() const { return fmt::format("engine {} dp {}", engine, dp_rank); }
@@ -134,7 +134,11 @@ class Model {
 
  private:
   void Settle(Replica& replica);
+  /// Shared by all groups and replicas: one that leaves and comes back as a new object must not
+  /// look as it did before, since plans are kept under (name, generation).
+  uint64_t NextGeneration() { return ++last_generation_; }
 
+  uint64_t last_generation_ = 0;
   std::string name_;
   VersionLedger ledger_;
   std::vector<std::shared_ptr<ActorGroup>> groups_;

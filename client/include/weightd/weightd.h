@@ -225,8 +225,9 @@ typedef struct weightd_engine_options {
   const char* device;         /* that holds the rank's memory, as weightd_actor_options */
 } weightd_engine_options;
 
-/* One parameter of this rank. kind: 1 raw, 2 derived, 3 opaque. alias_of: NULL, or the parameter
- * whose storage it shares. */
+/* One parameter of this rank. kind: 1 raw; 2 derived: lent in its loadable layout, converted before
+ * Commit is answered; its memory must stay as it was transferred, since peers catch up from it; 3
+ * opaque: listed only. alias_of: NULL, or the parameter whose storage it shares. */
 typedef struct weightd_param {
   const char* name;
   weightd_dtype dtype;
