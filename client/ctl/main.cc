@@ -6,6 +6,7 @@
 
 #include "client/ctl/commands.h"
 #include "client/ctl/layout_commands.h"
+#include "client/ctl/push.h"
 
 namespace weightd::ctl {
 namespace {
@@ -15,10 +16,12 @@ struct CommandLine {
   GlobalOptions global;
   WatchOptions watch;
   PlanOptions plan;
+  PushOptions push;
   std::string model;
   std::string engine;
   std::string case_file;
   std::string rule_path;
+  std::string trace_file;
   std::string loaders_dir;
   std::string color = "auto";
   double timeout_s = 5;
@@ -111,10 +114,25 @@ void AddLoaderCommands(CLI::App* app, CommandLine* line) {
       AddCommand(loader, line, "list", "the model families that this build knows",
                  [](const CommandLine& l) { return RunLoaderList(l.global, l.loaders_dir); }),
       line);
-  AddCommand(loader, line, "check", "whether rule files are well-formed",
-             [](const CommandLine& l) { return RunLoaderCheck(l.global, l.rule_path); })
-      ->add_option("PATH", line->rule_path, "a rule file, or a directory of *.rules files")
+  CLI::App* check = AddCommand(
+      loader, line, "check", "whether rule files are well-formed, or say what tracing found",
+      [](const CommandLine& l) { return RunLoaderCheck(l.global, l.rule_path, l.trace_file); });
+  check->add_option("PATH", line->rule_path, "a rule file, or a directory of *.rules files")
       ->required();
+  check->add_option("--trace", line->trace_file,
+                    "compare with this trace of the engine's own loader, element by element");
+}
+
+void AddPushCommand(CLI::App* app, CommandLine* line) {
+  CLI::App* push = AddCommand(app, line, "push", "a Hugging Face checkpoint directory into engines",
+                              [](const CommandLine& l) { return RunPush(l.global, l.push); });
+  push->add_option("DIR", line->push.directory, "directory with config.json and safetensors files")
+      ->required();
+  push->add_option("--model", line->push.model, "the model's key; needed if there are several");
+  push->add_option("--version", line->push.version, "version to publish [highest known + 1]")
+      ->check(CLI::PositiveNumber.description(""));
+  push->add_flag("--take-over", line->push.take_over,
+                 "push although a trainer is registered; fences the trainer");
 }
 
 // True if the command line asks for JSON, also when it cannot be parsed.
@@ -142,6 +160,7 @@ int Main(int argc, char** argv) {
   app.fallthrough();
   AddGlobals(&app, &line);
   AddStatusCommands(&app, &line);
+  AddPushCommand(&app, &line);
   AddPlanCommands(&app, &line);
   AddLoaderCommands(&app, &line);
   try {

@@ -12,6 +12,8 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
+}  // namespace
+
 StatusOr<std::vector<std::string>> RuleFiles(const std::string& path) {
   std::error_code error;
   if (!fs::is_directory(path, error)) {
@@ -29,7 +31,7 @@ StatusOr<std::vector<std::string>> RuleFiles(const std::string& path) {
                "no rule file in directory: {}", path);
 }
 
-StatusOr<std::shared_ptr<const Loader>> ParseFile(const std::string& path) {
+StatusOr<std::shared_ptr<const Loader>> ParseRuleFile(const std::string& path) {
   std::ifstream stream(path, std::ios::binary);
   if (!stream.is_open()) {
     return Error(StatusCode::kNotFound, reason::kRuleFile, "make the file readable",
@@ -40,14 +42,14 @@ StatusOr<std::shared_ptr<const Loader>> ParseFile(const std::string& path) {
   return Loader::Parse(text, path);
 }
 
-}  // namespace
-
 std::string ListLoaders(const LoaderRegistry& registry, bool json) {
   Json list = Json::array();
   std::string text =
       fmt::format("{:<24} {:<24} {:<28} {}\n", "LOADER", "PROFILES", "ORIGIN", "ARCHITECTURES");
   for (const auto& loader : registry.loaders()) {
+    const bool embedded = loader->origin().starts_with("embedded:");
     list.push_back({{"name", loader->name()},
+                    {"source", embedded ? "embedded" : "directory"},
                     {"origin", loader->origin()},
                     {"profiles", loader->profiles()},
                     {"architectures", loader->architectures()}});
@@ -64,7 +66,7 @@ StatusOr<LoaderCheck> CheckLoaders(const std::string& path, bool json) {
   std::string text;
   LoaderCheck check{.passed = true};
   for (const std::string& file : files) {
-    const auto loader = ParseFile(file);
+    const auto loader = ParseRuleFile(file);
     Json entry{{"path", file}, {"ok", loader.ok()}};
     if (loader.ok()) {
       entry["architectures"] = (*loader)->architectures();

@@ -46,6 +46,9 @@ class Actor:
         reset_caches: drop what engines computed with older weights before they resume.
         engine_timeout: seconds that a call to an engine may take before the sync fails.
         connect_timeout: seconds to wait for the daemon.
+        device: that holds this rank's tensors, by the daemon's name: ``host``, ``host.1`` or a
+            GPU's UUID; None is ``host``. `register` raises `errors.LayoutError` for a device that
+            no worker serves.
 
     Raises:
         errors.UnavailableError: no daemon answers.
@@ -68,6 +71,7 @@ class Actor:
         reset_caches: bool = True,
         engine_timeout: float = 4.0,
         connect_timeout: float = 10.0,
+        device: Optional[str] = None,
     ) -> None:
         if pause_mode not in PAUSE_MODES:
             raise layout_error(
@@ -85,6 +89,7 @@ class Actor:
             self.group.rank,
             self.group.world_size,
             max(1, int(connect_timeout * 1000)),
+            _native.encode(device),
         )
         handle = ctypes.c_void_p()
         _native.check(lib.weightd_actor_open(ctypes.byref(options), ctypes.byref(handle)))
@@ -138,7 +143,8 @@ class Actor:
         Raises:
             errors.LayoutError: names, placements, shapes or dtypes; names the tensor.
             errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
-            errors.UnsupportedError: a tensor is not in host memory.
+            errors.UnsupportedError: a tensor is neither in host memory nor on a GPU, or lies in GPU
+                memory that no other process can map.
         """
         with self._exclusive():
             module = tensors if hasattr(tensors, "state_dict") else None
@@ -164,8 +170,9 @@ class Actor:
 
         Args:
             version: > every version consumed so far; None is one more than the last acknowledged.
-            tensors: the complete set of tensors of this version, staged, for what exists only now
-                (merged LoRA, FSDP1, exported weights). None syncs what was registered.
+            tensors: the complete set of tensors of this version, for what exists only now (merged
+                LoRA, FSDP1, exported weights). CPU tensors are staged; CUDA tensors are lent, and
+                kept alive until the next sync. None syncs what was registered.
             require: ``"all"`` or how many replicas must commit.
             check_replicas: compare replicated shards first; None does so until the first success.
 
@@ -245,6 +252,11 @@ class Actor:
         """Makes what the daemon knows fit this sync; returns why this rank refuses, if it does."""
         if tensors is not None:
             source = Source(named_pairs(tensors))
+            if source.cuda_device is not None:
+                self._lend(source)
+                self._staged = source
+                options.cuda_stream = _current_stream(source)
+                return None
             if self._described is None or self._described.layout_key != source.layout_key:
                 self._described = None
                 array = _marshal.tensor_array(source.layout, None)
@@ -260,6 +272,7 @@ class Actor:
                 reason="NOT_REGISTERED",
                 remedy="call register() first, or pass tensors= to sync()",
             )
+        options.cuda_stream = _current_stream(self._source)
         refusal = self._source.moved()
         if refusal is None and self._described is not self._source:
             self._lend(self._source)
@@ -375,6 +388,16 @@ class Actor:
             )
         if not self._close.alive:
             raise state_error("the actor is closed", reason="CLOSED", remedy="make a new Actor")
+
+
+def _current_stream(source: Source) -> Optional[int]:
+    """The stream on which the caller's work of this thread runs; None for host memory."""
+    device = source.cuda_device
+    if device is None:
+        return None
+    import torch
+
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _require(require: Union[str, int]) -> int:

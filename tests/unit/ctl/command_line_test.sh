@@ -26,6 +26,7 @@ expect 0 '"weightctl":' version -o json
 expect 0 'Exit codes: 0 ok' --help
 expect 0 'interval' status --help
 expect 2 'required' 
+expect 0 'trace' loader check --help
 expect 2 'Exit\|help' frobnicate
 expect 2 'output' -o yaml status
 expect 2 'timeout' --timeout 0s status
@@ -49,4 +50,10 @@ expect 1 'bad.rules:1' loader list --loaders-dir "$dir"
 expect 2 'case' plan export
 expect 1 'none.json' plan export --case "$dir/none.json"
 expect 1 '"exit_code": 1' plan export --case "$dir/none.json" -o json
+
+expect 2 'DIR' push
+expect 2 'version' push "$dir" --version 0
+expect 1 "no file config.json in $dir" push "$dir" --address "$nobody"
+expect 1 'remedy: name the directory' push "$dir/none" --address "$nobody"
+expect 1 '"reason": "CHECKPOINT"' -o json push "$dir/none" --address "$nobody"
 exit $failed

@@ -299,6 +299,13 @@ def test_group_is_given_or_local(library: FakeLibrary) -> None:
     assert (library.opened["rank"], library.opened["world_size"]) == (0, 1)
 
 
+def test_device_of_the_memory_is_passed_on(library: FakeLibrary) -> None:
+    Actor(model="m").close()
+    assert library.opened["device"] is None
+    Actor(model="m", device="host.1").close()
+    assert library.opened["device"] == b"host.1"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -71,9 +71,16 @@ def test_what_is_left_alone_is_no_change() -> None:
     assert _changed(step) == {}
 
 
-@pytest.mark.parametrize("step", [_repack_in_place, _move, _remove])
+def _delete(model: Model) -> None:
+    del model.linear.weight
+
+
+@pytest.mark.parametrize("step", [_repack_in_place, _move, _remove, _delete])
 def test_repacked_moved_and_removed_parameters_are_found(step: Callable[[Model], None]) -> None:
-    assert _changed(step) == {"linear": {"bias"}}
+    record = _record(step)
+    assert [change.name for change in record.changes] == ["linear"]
+    assert record.changes[0].loadable.keys() == {"weight", "bias"}
+    assert record.changes[0].kept == {"bias"}
 
 
 def test_a_packed_copy_that_only_a_closure_holds_is_found() -> None:

@@ -58,8 +58,12 @@ class Parameters:
         self._model = model
         self._hook = record.hook
         self._derived = [Derived(change) for change in record.changes if change.loadable]
+        filled = {id(derived.change.module) for derived in self._derived}
         self._attention = [
-            change.module for change in record.changes if is_deferred_attention(change.module)
+            change.module
+            for change in record.changes
+            if is_deferred_attention(change.module)
+            and any(id(part) in filled for part in change.module.modules())
         ]
         self.kinds: dict[str, str] = {}
         buffers = self._stage()
@@ -132,6 +136,7 @@ class Parameters:
             for name, tensor in own_parameters(self._model)
             if name not in born
         ]
+        lent += [pair for pair in buffers.items() if pair[0] not in dict(lent)]  # taken off
         derived = {tensor.data_ptr() for name, tensor in lent if name in self.kinds}
         for name, tensor in lent:
             if tensor.numel() > 0 and tensor.data_ptr() in derived:

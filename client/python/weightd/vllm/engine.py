@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from weightd.engine import EngineRank
-from weightd.errors import FAILED_PRECONDITION, Error, PoisonedError, error_class
+from weightd.errors import Error, error_class
 from weightd.vllm import guard
 from weightd.vllm.convert import Parameters
 from weightd.vllm.model_facts import check_supported, coordinates, parameters_of, profile
@@ -68,6 +68,7 @@ class _Session:
     version: int = 0
     starting: bool = False  # vLLM has not begun to serve
     attempt: str = ""  # that was let in; "" until then
+    offered: int = 0  # its version
     job: Optional[_Job] = None
 
 
@@ -92,6 +93,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         self._settings = settings_of(vllm_config)
         self._cv = threading.Condition()
         self._session: Optional[_Session] = None
+        self._closing = False
         self._idle_seen = 0
         self._torn = ""
         self.parameters: Parameters = parameters_of(model)
@@ -110,7 +112,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             connect_timeout=-1.0,
             **coordinates(vllm_config),
         )
-        guard.install()
+        guard.install_in_worker()
         self._start()
 
     # ---- vLLM's calls; none of them raises
@@ -143,23 +145,16 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
 
     def shutdown(self) -> None:
         """Takes the parameters back and leaves."""
+        with self._cv:
+            self._closing = True
+            self._cv.notify_all()
         self.rank.close()
 
     # ---- the guard
 
-    def check(self) -> None:
-        """Refuses to run the model on memory that may be torn.
-
-        Raises:
-            errors.PoisonedError: a failed sync may have torn the parameters.
-        """
-        if self._torn:
-            raise PoisonedError(
-                f"a failed sync may have torn the parameters: {self._torn}",
-                code=FAILED_PRECONDITION,
-                reason="POISONED",
-                remedy="sync a newer version, or the same one again, before this engine serves",
-            )
+    def refusal(self) -> str:
+        """Why the model must not run: a failed sync may have torn its parameters; "" if it may."""
+        return self._torn
 
     # ---- sessions, on vLLM's thread
 
@@ -189,9 +184,9 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         try:
             while True:
                 self._convert(session)
-                state = self.rank.state
-                why = self._over(session, state, time.monotonic() - begin)
-                if why is not None:
+                attempt = session.attempt
+                why = self._over(session, attempt, time.monotonic() - begin)
+                if why is not None and self._end(session, attempt):
                     break
                 seen = self.rank.wait_change(seen, _SLICE_SECONDS)
         finally:
@@ -205,14 +200,23 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         if why:
             logger.warning("weightd: %s", why)
 
-    def _over(self, session: _Session, state: dict[str, Any], seconds: float) -> Optional[str]:
+    def _end(self, session: _Session, attempt: str) -> bool:
+        """Lets no attempt in any more, unless one was since ``attempt`` was looked at."""
+        with self._cv:
+            if session.attempt != attempt:
+                return False
+            self._session = None
+            self._cv.notify_all()
+            return True
+
+    def _over(self, session: _Session, attempt: str, seconds: float) -> Optional[str]:
         """None while the session goes on; "" or why it brought no weights when it is over."""
-        if session.attempt:
+        state = self.rank.state
+        if attempt:
             if state["offered"]:
                 return None
-            if not state["dirty"] and not state["error"]:
-                return ""
-            return f"the sync brought no weights: {_error_text(state)}"
+            brought = not state["dirty"] and state["version"] == session.offered
+            return "" if brought else f"the sync brought no weights: {_error_text(state)}"
         if session.starting:
             return self._start_over(state, seconds)
         idle = state["idle"]
@@ -282,8 +286,10 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             while True:
                 session = self._session
                 if session is not None and (session.starting or session.version == version):
-                    session.attempt = attempt
+                    session.attempt, session.offered = attempt, version
                     return
+                if self._closing:
+                    raise RuntimeError("this vLLM is shutting down")
                 if state["state"] == "CATCHING_UP":
                     raise RuntimeError("this vLLM serves already: it joins the next sync")
                 if time.monotonic() > deadline:

@@ -135,7 +135,9 @@ class Snapshot:
             parameters = dict(module.named_parameters(recurse=False))
             before = self._tensors.get(name, {})
             now = {key: _mark(tensor, marks) for key, tensor in parameters.items()}
-            loadable = {key: mark for key, mark in before.items() if key in module._parameters}
+            loadable = {
+                key: mark for key, mark in before.items() if full_name(name, key) in self._names
+            }
             kept = {key for key, mark in loadable.items() if now.get(key) == mark}
             changes.append(ModuleChange(module, name, loadable, kept))
         born = {name for name, _ in own_parameters(model)} - self._names
