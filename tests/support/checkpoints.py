@@ -15,9 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.cluster import missing_binaries
 
-# Later tests fork trainer ranks from this process, and a pool of OpenMP threads does not survive that.
-torch.set_num_threads(1)
-
 INDEX = "model.safetensors.index.json"
 SIZES = {
     "hidden_size": 16,
