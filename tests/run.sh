@@ -34,8 +34,10 @@ run "Python unit tests" "${PYTEST[@]}" tests/unit/python
 if [ "$END_TO_END" = 1 ]; then
   run "end to end: real trainers, daemon and engines" "${PYTEST[@]}" tests/e2e
   run "faults: kill matrix, frozen peers, catch-up" "${PYTEST[@]}" tests/faults
+  setup_vllm .venv
+  run "vLLM: real engines, one at a time" "${PYTEST[@]}" tests/vllm
 else
-  step "left out by --no-e2e: tests/e2e tests/faults"
+  step "left out by --no-e2e: tests/e2e tests/faults tests/vllm"
 fi
 step "not run here: asan and tsan presets (cmake --preset asan, tsan), benchmarks (tests/bench), GPU tests (no GPU)"
 

@@ -51,6 +51,15 @@ def project_field(name: str) -> str:
     return match.group(1)
 
 
+def entry_points() -> str:
+    """Returns the entry points of pyproject.toml as a wheel states them."""
+    text = (PACKAGE_DIR / "pyproject.toml").read_text(encoding="utf-8")
+    groups = re.findall(
+        r'^\[project\.entry-points\."([^"]+)"\]\n((?:[^\[\n].*\n)*)', text, re.MULTILINE
+    )
+    return "".join(f"[{name}]\n{body.replace(chr(34), '')}" for name, body in groups)
+
+
 def run(*command: str) -> str:
     """Runs a tool and returns what it printed.
 
@@ -151,7 +160,11 @@ def metadata(tag: str) -> dict[str, bytes]:
     wheel = (
         f"Wheel-Version: 1.0\nGenerator: weightd build_wheel\nRoot-Is-Purelib: false\nTag: {tag}\n"
     )
-    files = {f"{folder}/METADATA": info.encode(), f"{folder}/WHEEL": wheel.encode()}
+    files = {
+        f"{folder}/METADATA": info.encode(),
+        f"{folder}/WHEEL": wheel.encode(),
+        f"{folder}/entry_points.txt": entry_points().encode(),
+    }
     licence = PACKAGE_DIR.parents[1] / "LICENSE"
     if licence.is_file():
         files[f"{folder}/LICENSE"] = licence.read_bytes()
@@ -188,9 +201,9 @@ def build(build_dir: Path, out: Path) -> Path:
     """
     tag = f"py3-none-linux_{platform.machine()}"
     files = metadata(tag)
-    for path in sorted((PACKAGE_DIR / "weightd").glob("*")):
+    for path in sorted((PACKAGE_DIR / "weightd").rglob("*")):
         if path.suffix == ".py" or path.name == "py.typed":
-            files[f"weightd/{path.name}"] = path.read_bytes()
+            files[path.relative_to(PACKAGE_DIR).as_posix()] = path.read_bytes()
     with tempfile.TemporaryDirectory(prefix="weightd-wheel-") as name:
         folder = Path(name)
         bundle(find_library(build_dir), folder)

@@ -25,9 +25,15 @@ std::string EngineClient::label() const {
   return fmt::format("engine {} tp {}", identity_.engine, identity_.coordinates.tp_rank);
 }
 
-Status EngineClient::Register(std::span<const weightd_param> params) {
+Status EngineClient::Register(std::span<const weightd_param> params, const weightd_trace* trace) {
   auto read = ReadParams(params);
   if (!read.ok()) return WithRank(read.status(), label());
+  if (trace != nullptr) {
+    auto traced = ReadTrace(*trace, read->params);
+    if (!traced.ok()) return WithRank(traced.status(), label());
+    read->trace = *std::move(traced);
+    read->prefer_trace = trace->preferred != 0;
+  }
   auto registration = std::make_shared<const EngineRegistration>(*std::move(read));
   return RegisterAndWait([this, registration] { registration_ = registration; });
 }
@@ -37,15 +43,19 @@ std::string EngineClient::StateJson() const {
   const Status& error = !view_.fatal.ok()        ? view_.fatal
                         : !view_.last_error.ok() ? view_.last_error
                                                  : truth_.error();
-  return Dump({{"connected", view_.connected},
-               {"registered", view_.registered},
-               {"state", StateName(truth_.state())},
-               {"version", truth_.version()},
-               {"dirty", truth_.dirty()},
-               {"attempt", AttemptText(truth_.attempt())},
-               {"pending", PendingName(truth_.pending())},
-               {"worker", view_.worker},
-               {"error", ErrorJson(error)}});
+  return Dump(
+      {{"connected", view_.connected},
+       {"registered", view_.registered},
+       {"state", StateName(truth_.state())},
+       {"version", truth_.version()},
+       {"dirty", truth_.dirty()},
+       {"attempt", AttemptText(truth_.attempt())},
+       {"pending", PendingName(truth_.pending())},
+       {"offered", truth_.offered()},
+       {"idle",
+        {{"count", idle_.count}, {"version", idle_.version}, {"error", ErrorJson(idle_.error)}}},
+       {"worker", view_.worker},
+       {"error", ErrorJson(error)}});
 }
 
 uint64_t EngineClient::Wait(uint64_t since, int timeout_ms) {
@@ -107,12 +117,25 @@ std::vector<EngineClient::Request> EngineClient::Registration() {
   for (v1::ParamsPage& page : ParamsPages(registration_->params)) {
     *requests.emplace_back().mutable_params() = std::move(page);
   }
+  const TracedLayout* trace = registration_->trace.get();
+  if (trace != nullptr) {
+    for (v1::TracePage& page : TracePages(*trace)) {
+      *requests.emplace_back().mutable_trace() = std::move(page);
+    }
+  }
   v1::EngineRegister* last = requests.emplace_back().mutable_register_();
+  if (trace != nullptr) {
+    last->set_num_traced_sources(static_cast<uint32_t>(trace->sources().size()));
+    last->set_num_traced_writes(trace->writes().size());
+    last->set_prefer_trace(registration_->prefer_trace);
+  }
   last->set_architecture(identity_.architecture);
   last->set_profile(identity_.profile);
   last->set_config_json(identity_.config_json);
   last->set_num_params(static_cast<uint32_t>(registration_->params.size()));
   last->set_commit_mode(identity_.commit_mode);
+  const std::string& gpu = registration_->segments.cuda().device();
+  last->set_device(gpu.empty() ? identity_.device : gpu);
   return requests;
 }
 
@@ -130,10 +153,16 @@ void EngineClient::HandleEvent(const v1::EngineEvent& event) {
   if (event.has_outcome()) {
     Publish([this, &event](View&) { truth_.Outcome(event.outcome()); });
   }
+  if (event.has_idle()) {
+    Publish([this, &event](View&) {
+      idle_ = {idle_.count + 1, event.idle().version(), FromProto(event.idle().error())};
+    });
+  }
 }
 
 void EngineClient::OnPrepare(const v1::EnginePrepare& prepare) {
-  Status accepted;
+  Status accepted = registration_->segments.cuda().CheckAlive();
+  if (!accepted.ok()) return SendQuiesced(prepare.attempt(), accepted);
   Publish([&](View&) {
     accepted = truth_.Prepare(prepare);
     if (accepted.ok() && identity_.auto_quiesce) accepted = truth_.Quiesced();

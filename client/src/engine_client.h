@@ -33,11 +33,13 @@ class EngineClient final : public Session<EngineProtocol> {
     std::string config_json;
     std::string commit_mode;
     bool auto_quiesce = false;
+    std::string device;  ///< of the memory; empty = "host"
   };
 
   EngineClient(SessionSettings settings, Identity identity);
 
-  Status Register(std::span<const weightd_param> params);
+  /// `trace` may be nullptr.
+  Status Register(std::span<const weightd_param> params, const weightd_trace* trace);
   std::string StateJson() const;
   /// The number of changes so far, as soon as it differs from `since` or after the timeout.
   uint64_t Wait(uint64_t since, int timeout_ms);
@@ -67,6 +69,14 @@ class EngineClient final : public Session<EngineProtocol> {
   const std::string incarnation_;
   std::shared_ptr<const EngineRegistration> registration_;  // session thread; shared with offers
   EngineTruth truth_;                                       // guarded by mutex_
+
+  /// The last word that no attempt is coming; see EngineIdle.
+  struct Idle {
+    uint64_t count = 0;
+    uint64_t version = 0;
+    Status error;
+  };
+  Idle idle_;  // guarded by mutex_
 };
 
 }  // namespace weightd

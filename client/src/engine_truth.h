@@ -13,8 +13,9 @@ namespace weightd {
 /// What the daemon waits for.
 enum class Pending { kNothing, kPrepare, kCommit };
 
-/// (version, attempt, dirty) of one engine rank. dirty is set before its memory may be written and
-/// cleared only by a commit or by the daemon's word that no byte was written.
+/// (version, attempt, dirty) of one engine rank. dirty is set before its memory may be written, or
+/// when its replica is poisoned, and cleared only by a commit or by the daemon's word that no byte
+/// was written.
 /// Thread safety: none; the owner serialises.
 class EngineTruth {
  public:
@@ -23,6 +24,8 @@ class EngineTruth {
   bool dirty() const { return dirty_; }
   v1::EngineState state() const { return state_; }
   Pending pending() const { return pending_; }
+  /// The version that the running attempt brings; 0 outside of one.
+  uint64_t offered() const { return running_ ? offered_version_ : 0; }
   /// Why the last attempt failed; OK if it did not.
   const Status& error() const { return error_; }
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -13,6 +14,7 @@
 #include "client/src/segments.h"
 #include "daemon/base/status.h"
 #include "daemon/layout/tensor_layout.h"
+#include "daemon/layout/traced_layout.h"
 
 namespace weightd {
 
@@ -22,6 +24,7 @@ struct Placement {
   uint64_t offset_bytes = 0;           ///< of the first element in the segment
   const std::byte* address = nullptr;  ///< in this process; nullptr: given at sync time
   Dims strides;                        ///< in elements
+  bool cuda = false;                   ///< `address` is GPU memory
 };
 
 /// The shards of one trainer rank. Empty boxes are left out of `shards`.
@@ -31,6 +34,7 @@ struct ActorRegistration {
   RankShards shards;
   std::vector<Placement> memory;
   SegmentSet segments;
+  std::string event;    ///< GPU memory: what the worker waits for before it reads; see CudaFence
   bool staged = false;  ///< some shard is not lent
 
   /// For the caller's (tensor, shard): its position in `memory`; -1 if its box is empty.
@@ -47,9 +51,16 @@ struct EngineRegistration {
   std::vector<ParamInfo> params;
   std::vector<Placement> memory;  ///< without a segment for opaque, aliased and empty parameters
   SegmentSet segments;
+  std::shared_ptr<const TracedLayout> trace;  ///< nullptr: a rule file must describe the model
+  bool prefer_trace = false;
 };
 
 /// \error as ReadTensors; INVALID_ARGUMENT UNKNOWN_TENSOR if alias_of names no parameter
 StatusOr<EngineRegistration> ReadParams(std::span<const weightd_param> params);
+
+/// Reads a trace of a rank that registers `params`.
+/// \error INVALID_ARGUMENT SHAPE / DUPLICATE_TENSOR / PROTOCOL naming the tensor or parameter
+StatusOr<std::shared_ptr<const TracedLayout>> ReadTrace(const weightd_trace& trace,
+                                                        std::span<const ParamInfo> params);
 
 }  // namespace weightd

@@ -122,8 +122,15 @@ Status Model::SetEngine(Replica& replica, const EngineModel& model,
                  rank->label, model.architecture, model.profile, model.num_ranks,
                  known.architecture, known.profile, known.num_ranks);
   }
-  replica.model = model;
   const std::pair key(rank->coordinates.pp_rank, rank->coordinates.tp_rank);
+  const bool only = replica.ranks.size() == 1 && replica.ranks.contains(key);
+  if (!replica.ranks.empty() && !only && known.traced != model.traced) {
+    return Error(StatusCode::kInvalidArgument, reason::kConfig,
+                 "give every rank of the engine a trace, or none",
+                 "ranks of one engine disagree: {} is {}, others are {}", rank->label,
+                 model.traced ? "traced" : "not traced", known.traced ? "traced" : "not");
+  }
+  replica.model = model;
   replica.ranks[key] = std::move(rank);
   ++replica.generation;
   if (replica.complete()) Settle(replica);

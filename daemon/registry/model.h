@@ -12,6 +12,7 @@
 #include "daemon/base/ids.h"
 #include "daemon/base/status.h"
 #include "daemon/layout/tensor_layout.h"
+#include "daemon/layout/traced_layout.h"
 #include "daemon/registry/replica_state.h"
 #include "daemon/registry/version_ledger.h"
 
@@ -23,6 +24,7 @@ struct ActorRank {
   int rank = 0;
   std::string label;    ///< "actor 3"
   std::string process;  ///< "pid 71 on host a"
+  std::string device;   ///< of its memory
   RankShards shards;
 };
 
@@ -50,7 +52,9 @@ struct EngineRank {
   EngineCoordinates coordinates;
   std::string label;  ///< "engine e0 tp 1"
   std::string process;
+  std::string device;  ///< of its memory
   std::vector<ParamInfo> params;
+  std::shared_ptr<const TracedLayout> traced;  ///< set: takes the place of a rule file
   uint64_t held_version = 0;
   bool dirty = false;
 };
@@ -62,6 +66,7 @@ struct EngineModel {
   std::string config_json;
   std::string commit_mode;
   int num_ranks = 1;
+  bool traced = false;  ///< every rank registered a trace, which describes the layout
 };
 
 /// All ranks of one engine instance with one dp rank: the unit of commit.
@@ -75,7 +80,7 @@ struct Replica {
   ReplicaState before = ReplicaState::kGone;  ///< when the running attempt began
   uint64_t version = 0;                       ///< 0: none
   Status error;                               ///< why it is not ready, if something went wrong
-  std::string loader;                         ///< the rule file that describes it, once known
+  std::string loader;                         ///< what describes it, once known
   uint64_t generation = 0;
 
   bool complete() const { return static_cast<int>(ranks.size()) == model.num_ranks; }
@@ -111,7 +116,7 @@ class Model {
 
   /// Stores a registration; when it completes the replica, its state follows from what the ranks
   /// hold. \error INVALID_ARGUMENT CONFIG if the ranks of one replica disagree on architecture,
-  /// profile or config
+  /// profile, number of ranks, or on whether they are traced
   Status SetEngine(Replica& replica, const EngineModel& model,
                    std::shared_ptr<const EngineRank> rank);
 

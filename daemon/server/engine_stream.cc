@@ -16,6 +16,7 @@ class Port : public EnginePort {
   void SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) override;
   void SendCommit(AttemptId attempt, uint64_t version) override;
   void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) override;
+  void SendIdle(uint64_t version, const Status& why) override;
   void SendWorkerChanged(const WorkerEndpoint& endpoint) override;
   void Send(v1::EngineEvent event);
   StreamHandle<EngineStream>& handle() { return handle_; }
@@ -55,11 +56,9 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
       case v1::EngineRequest::kHello:
         return OnHello(request.hello());
       case v1::EngineRequest::kParams:
-        for (const v1::ParamSpec& spec : request.params().params()) {
-          WEIGHTD_ASSIGN_OR_RETURN(ParamInfo param, FromProto(spec));
-          params_.push_back(std::move(param));
-        }
-        return absl::OkStatus();
+        return OnParams(request.params());
+      case v1::EngineRequest::kTrace:
+        return OnTrace(request.trace());
       case v1::EngineRequest::kRegister:
         return OnRegister(request.register_());
       case v1::EngineRequest::kQuiesced:
@@ -108,14 +107,63 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     *welcome->mutable_protocol() = OurProtocol();
     welcome->set_epoch(context_.coordinator.epoch());
     welcome->set_daemon_version(kVersion);
-    welcome->set_max_message_bytes(kMaxMessageBytes);
+    welcome->set_max_message_bytes(context_.max_message_bytes);
     Send(std::move(event));
     return absl::OkStatus();
+  }
+
+  Status OnParams(const v1::ParamsPage& page) {
+    if (refused_) return absl::OkStatus();
+    const Status status = AppendParams(page);
+    refused_ = !status.ok();
+    return status;
+  }
+
+  Status AppendParams(const v1::ParamsPage& page) {
+    for (const v1::ParamSpec& spec : page.params()) {
+      WEIGHTD_ASSIGN_OR_RETURN(ParamInfo param, FromProto(spec));
+      params_.push_back(std::move(param));
+    }
+    return context_.coordinator.CheckCount(params_.size());
+  }
+
+  Status OnTrace(const v1::TracePage& page) {
+    for (const v1::TracedSource& source : page.sources()) {
+      StatusOr<Dims> shape = DimsFromProto(source.shape());
+      if (!shape.ok()) return WithTensor(shape.status(), source.name());
+      traced_sources_.push_back({.name = source.name(), .shape = *shape});
+    }
+    for (const v1::WriteSpec& spec : page.writes()) {
+      WEIGHTD_ASSIGN_OR_RETURN(Write write, FromProto(spec));
+      traced_writes_.push_back(write);
+    }
+    return absl::OkStatus();
+  }
+
+  // The trace that came before the registration; nullptr if none did.
+  StatusOr<std::shared_ptr<const TracedLayout>> TakeTrace(const v1::EngineRegister& request,
+                                                          size_t num_params) {
+    std::vector<TracedSource> sources;
+    std::vector<Write> writes;
+    std::swap(sources, traced_sources_);
+    std::swap(writes, traced_writes_);
+    if (sources.size() != request.num_traced_sources() ||
+        writes.size() != request.num_traced_writes()) {
+      return Error(
+          StatusCode::kInvalidArgument, reason::kProtocol, "use the client library of this release",
+          "{} traced sources and {} writes were sent, {} and {} were announced", sources.size(),
+          writes.size(), request.num_traced_sources(), request.num_traced_writes());
+    }
+    if (sources.empty()) return std::shared_ptr<const TracedLayout>();
+    return TracedLayout::Create(std::move(sources), std::move(writes), num_params);
   }
 
   Status OnRegister(const v1::EngineRegister& request) {
     std::vector<ParamInfo> params;
     std::swap(params, params_);
+    if (std::exchange(refused_, false)) return absl::OkStatus();  // a page was: the client knows
+    WEIGHTD_ASSIGN_OR_RETURN(std::shared_ptr<const TracedLayout> trace,
+                             TakeTrace(request, params.size()));
     if (params.size() != request.num_params()) {
       return Error(
           StatusCode::kInvalidArgument, reason::kProtocol, "use the client library of this release",
@@ -127,11 +175,18 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     model.config_json = request.config_json();
     model.commit_mode = request.commit_mode();
     model.num_ranks = num_ranks_;
+    const std::string device = request.device().empty() ? kHostDevice : request.device();
+    model.traced = request.prefer_trace();
     WEIGHTD_ASSIGN_OR_RETURN(
-        const WorkerEndpoint endpoint,
-        context_.coordinator.RegisterEngine(*session_, model, std::move(params)));
+        const std::vector<WorkerEndpoint> endpoints,
+        context_.coordinator.RegisterEngine(*session_, device, std::move(model), std::move(params),
+                                            std::move(trace)));
     v1::EngineEvent event;
-    *event.mutable_registered()->mutable_worker() = ToProto(endpoint);
+    v1::EngineRegistered& registered = *event.mutable_registered();
+    *registered.mutable_worker() = ToProto(endpoints.front());
+    for (size_t i = 1; i < endpoints.size(); ++i) {
+      *registered.add_writers() = ToProto(endpoints[i]);
+    }
     Send(std::move(event));
     return absl::OkStatus();
   }
@@ -152,7 +207,11 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
   uint64_t watch_ = 0;
   int num_ranks_ = 1;
   bool orderly_ = false;
+  bool refused_ = false;  // a page of parameters was: the rest of this registration is skipped
+  // Pages of the next registration.
   std::vector<ParamInfo> params_;
+  std::vector<TracedSource> traced_sources_;
+  std::vector<Write> traced_writes_;
 };
 
 void Port::Send(v1::EngineEvent event) {
@@ -183,6 +242,13 @@ void Port::SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool un
   proto->set_state(static_cast<v1::EngineState>(outcome.state));
   if (!outcome.error.ok()) *proto->mutable_error() = ToProto(outcome.error);
   proto->set_untouched(untouched);
+  Send(std::move(event));
+}
+
+void Port::SendIdle(uint64_t version, const Status& why) {
+  v1::EngineEvent event;
+  event.mutable_idle()->set_version(version);
+  if (!why.ok()) *event.mutable_idle()->mutable_error() = ToProto(why);
   Send(std::move(event));
 }
 

@@ -6,6 +6,15 @@
 #include "daemon/sync/room_host.h"
 
 namespace weightd {
+namespace {
+
+std::vector<std::string> DevicesOf(const ReplicaView& view) {
+  std::vector<std::string> devices;
+  for (const TargetView& target : view.targets) devices.push_back(target.rank->device);
+  return devices;
+}
+
+}  // namespace
 
 GroupView Coordinator::ViewOf(const ActorGroup& group) const {
   GroupView view;
@@ -119,35 +128,43 @@ std::optional<CatchUpSource> Coordinator::FindCatchUp(const ModelRoom& room,
         peer.version != version || room.model.name() + " " + LayoutKey(peer) != key) {
       continue;
     }
-    CatchUpSource source{.version = version, .layout_key = key};
+    CatchUpSource source{.version = version, .layout_key = key, .devices = DevicesOf(view)};
     for (const TargetView& target : peer.targets) source.peers.push_back(target.rank->member);
     return source;
   }
   if (room.retained_version == version && version > 0 && room.retained_layout == key) {
-    return CatchUpSource{.version = version, .layout_key = key};
+    return CatchUpSource{.version = version, .layout_key = key, .devices = room.retained_devices};
   }
   return std::nullopt;
 }
 
 // A replica that does not hold the published version, outside an attempt, may catch up if there is
-// a source.
-void Coordinator::MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& replica) {
+// a source. True if it is about to.
+bool Coordinator::MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& replica) {
   const uint64_t version = room.model.ledger().highest();
   const bool idle = replica->state == ReplicaState::kRegistered ||
                     replica->state == ReplicaState::kPoisoned ||
                     replica->state == ReplicaState::kServing;
   if (!config_.sync.catch_up || draining_ || !idle || !replica->complete() || version == 0 ||
       replica->version == version) {
-    return;
+    return false;
   }
   const bool queued = std::any_of(room.jobs.begin(), room.jobs.end(),
                                   [&](const Job& job) { return job.catch_up == replica; });
-  if (queued || !FindCatchUp(room, ViewOf(replica)).has_value()) return;
+  if (queued) return true;
+  if (!FindCatchUp(room, ViewOf(replica)).has_value()) return false;
   Job job;
   job.mailbox = std::make_shared<Mailbox>();
   job.host = std::make_shared<RoomHost>(*this, room, nullptr);
   job.catch_up = replica;
   Enqueue(room, std::move(job));
+  return true;
+}
+
+void Coordinator::TellIdle(const ReplicaView& view) {
+  for (const TargetView& target : view.targets) {
+    if (target.port != nullptr) target.port->SendIdle(0, absl::OkStatus());
+  }
 }
 
 // After a sync: one replica that serves the newest version is copied for those that come late.
@@ -172,8 +189,9 @@ void Coordinator::RunRetain(ModelRoom& room, const Job& job, std::unique_lock<st
   const std::string key = room.model.name() + " " + LayoutKey(view);
   room.retained_version = 0;
   lock.unlock();
+  const std::vector<std::string> devices = DevicesOf(view);
   CatchUpSession session(*job.host, *job.mailbox, view,
-                         {.version = job.version, .layout_key = key});
+                         {.version = job.version, .layout_key = key, .devices = devices});
   const Status status = session.Retain();
   lock.lock();
   if (!status.ok()) {
@@ -181,15 +199,18 @@ void Coordinator::RunRetain(ModelRoom& room, const Job& job, std::unique_lock<st
                  job.version);
     return;
   }
+  spdlog::info("a copy is kept for late engines: model={} version={} devices={}", room.model.name(),
+               job.version, fmt::join(devices, ","));
   room.retained_version = job.version;
   room.retained_layout = key;
-  for (const auto& replica : room.model.replicas()) MaybeCatchUp(room, replica);
+  room.retained_devices = devices;
+  for (const auto& replica : room.model.replicas()) (void)MaybeCatchUp(room, replica);
 }
 
 void Coordinator::RunCatchUp(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock) {
   ReplicaView view = ViewOf(job.catch_up);
   const std::optional<CatchUpSource> source = FindCatchUp(room, view);
-  if (!job.catch_up->complete() || !source.has_value()) return;
+  if (!job.catch_up->complete() || !source.has_value()) return TellIdle(view);
   lock.unlock();
   CatchUpSession session(*job.host, *job.mailbox, view, *source);
   const Status status = session.Run();

@@ -9,7 +9,7 @@
 #include "daemon/device/host/box_copy.h"
 #include "daemon/device/host/cast.h"
 #include "daemon/device/host/digest.h"
-#include "daemon/transport/shm/block_item.h"
+#include "daemon/transport/block_item.h"
 
 namespace weightd {
 namespace {
@@ -19,8 +19,9 @@ constexpr uint64_t kPartBytes = 1u << 20;    ///< one thread's share at a time
 constexpr uint64_t kBatchBytes = 64u << 20;  ///< between looks at cancel and deadline
 constexpr uint64_t kAlignBytes = 64;         ///< of parameters in a retained copy
 
+/// What was transferred lies in the lent memory of raw and of derived parameters.
 bool IsCopied(const ParamInfo& param) {
-  return param.kind == ParamKind::kRaw && param.alias_of.empty() && NumElements(param.shape) > 0;
+  return param.kind != ParamKind::kOpaque && param.alias_of.empty() && NumElements(param.shape) > 0;
 }
 
 uint64_t BytesOf(const ParamInfo& param) {
@@ -145,15 +146,6 @@ Status CatchUp::Check(const Control& control) const {
 
 Status CatchUp::Copy(const RankLayout& layout, std::span<const Binding> from,
                      std::span<const Binding> to, const Control& control) {
-  for (const ParamInfo& param : layout.params) {
-    if (param.kind == ParamKind::kDerived && param.alias_of.empty()) {
-      return WithTensor(
-          Error(StatusCode::kFailedPrecondition, reason::kEngineRefused,
-                "sync from the trainer instead",
-                "derived parameter cannot be copied from an engine: param={}", param.name),
-          param.name);
-    }
-  }
   const std::vector<Part> parts = PartsOf(layout);
   uint64_t copied = 0;
   for (size_t begin = 0, end = 0; begin < parts.size(); begin = end) {

@@ -38,9 +38,8 @@ class CatchUp {
   explicit CatchUp(int num_threads);
   ~CatchUp();
 
-  /// Copies all parameters of `layout` and compares what landed with its source.
+  /// Copies all raw and derived parameters of `layout` and compares what landed with its source.
   /// \error CANCELLED, DEADLINE_EXCEEDED DEADLINE; DATA_LOSS VERIFY_MISMATCH naming the parameter
-  /// \error FAILED_PRECONDITION if a parameter is derived: its memory is not what was transferred
   Status Copy(const RankLayout& layout, std::span<const Binding> from, std::span<const Binding> to,
               const Control& control);
 

@@ -14,6 +14,7 @@ from weightd.ack import Ack
 
 ABI_VERSION = 1
 MAX_DIMS = 8
+SPACE_CUDA = 1
 _FIELDS = ("reason", "message", "tensor", "rank", "phase", "peer", "remedy", "result")
 
 Dims = ctypes.c_int64 * MAX_DIMS
@@ -23,6 +24,7 @@ class Memory(ctypes.Structure):
     """``weightd_memory``: where a block of elements lies."""
 
     _fields_ = [
+        ("space", ctypes.c_int32),
         ("fd", ctypes.c_int32),
         ("fd_size", ctypes.c_uint64),
         ("offset_bytes", ctypes.c_uint64),
@@ -61,6 +63,7 @@ class ActorOptions(ctypes.Structure):
         ("rank", ctypes.c_int32),
         ("world_size", ctypes.c_int32),
         ("connect_timeout_ms", ctypes.c_int32),
+        ("device", ctypes.c_char_p),
     ]
 
 
@@ -84,6 +87,7 @@ class SyncOptions(ctypes.Structure):
         ("check_replicas", ctypes.c_int32),
         ("staged", ctypes.POINTER(Staged)),
         ("num_staged", ctypes.c_size_t),
+        ("cuda_stream", ctypes.c_void_p),
         ("refuse_reason", ctypes.c_char_p),
         ("refuse_message", ctypes.c_char_p),
         ("refuse_tensor", ctypes.c_char_p),
@@ -111,6 +115,7 @@ class EngineOptions(ctypes.Structure):
         ("commit_mode", ctypes.c_char_p),
         ("auto_quiesce", ctypes.c_int32),
         ("connect_timeout_ms", ctypes.c_int32),
+        ("device", ctypes.c_char_p),
     ]
 
 
@@ -125,6 +130,37 @@ class Param(ctypes.Structure):
         ("kind", ctypes.c_int32),
         ("alias_of", ctypes.c_char_p),
         ("memory", Memory),
+    ]
+
+
+class TracedSource(ctypes.Structure):
+    """``weightd_traced_source``: a tensor that the engine's loader was fed."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("num_dims", ctypes.c_int32), ("shape", Dims)]
+
+
+class TracedWrite(ctypes.Structure):
+    """``weightd_traced_write``: a block of a parameter and of the source that lands there."""
+
+    _fields_ = [
+        ("param", ctypes.c_uint32),
+        ("source", ctypes.c_int32),
+        ("target_origin", Dims),
+        ("extent", Dims),
+        ("source_origin", Dims),
+        ("source_dim", ctypes.c_int8 * MAX_DIMS),
+    ]
+
+
+class Trace(ctypes.Structure):
+    """``weightd_trace``: what an engine rank saw its loader do."""
+
+    _fields_ = [
+        ("sources", ctypes.POINTER(TracedSource)),
+        ("num_sources", ctypes.c_size_t),
+        ("writes", ctypes.POINTER(TracedWrite)),
+        ("num_writes", ctypes.c_size_t),
+        ("preferred", ctypes.c_int32),
     ]
 
 
@@ -152,6 +188,13 @@ _PROTOTYPES: dict[str, tuple] = {
     "weightd_actor_close": (None, _HANDLE),
     "weightd_engine_open": (_ERROR, ctypes.POINTER(EngineOptions), ctypes.POINTER(_HANDLE)),
     "weightd_engine_register": (_ERROR, _HANDLE, ctypes.POINTER(Param), ctypes.c_size_t),
+    "weightd_engine_register_traced": (
+        _ERROR,
+        _HANDLE,
+        ctypes.POINTER(Param),
+        ctypes.c_size_t,
+        ctypes.POINTER(Trace),
+    ),
     "weightd_engine_state": (ctypes.c_void_p, _HANDLE),
     "weightd_engine_wait": (ctypes.c_uint64, _HANDLE, ctypes.c_uint64, ctypes.c_int),
     "weightd_engine_quiesced": (_ERROR, _HANDLE, ctypes.c_char_p),

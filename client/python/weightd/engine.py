@@ -12,23 +12,20 @@ from types import TracebackType
 from typing import Any, Callable, Iterable, Mapping, Optional, Union
 
 from weightd import _memory, _native
-from weightd._layout import LocalTensor, describe
-from weightd._marshal import fill_memory
+from weightd._params import OPAQUE, checked, config_json, kind_numbers, param_array
+from weightd._registration import Layout, register
 from weightd._source import named_pairs
 from weightd.errors import (
     DEADLINE_EXCEEDED,
     FAILED_PRECONDITION,
-    UNIMPLEMENTED,
     DeadlineError,
     PoisonedError,
     StateError,
-    UnsupportedError,
-    layout_error,
     state_error,
 )
+from weightd.traced import TracedLayout
 
 _SLICE_MS = 100
-_KIND_RAW = 1
 
 Quiesce = Callable[[], None]
 Commit = Callable[[], Optional[Iterable[str]]]
@@ -43,10 +40,20 @@ class EngineRank:
         engine: instance name, shared by the ranks of one engine and kept over restarts.
         architecture: Hugging Face architecture, e.g. ``LlamaForCausalLM``.
         config: Hugging Face config, a mapping or an object with ``to_dict()``.
-        params: (name, tensor) pairs or a mapping of this rank's CPU parameters, in the engine's
-            layout. Their storages move into shared memory in place; names that share storage,
-            offset and shape are registered as one parameter with aliases. References are kept.
+        params: (name, tensor) pairs or a mapping of this rank's parameters, in the engine's
+            layout, all on the CPU or all on one GPU. CPU storages move into shared memory in place,
+            GPU memory is lent where it lies. Names that share storage, offset and shape are
+            registered as one parameter with aliases. References are kept.
+        kinds: what the engine does with a parameter after loading, by name: ``"raw"`` (the
+            default; it computes with these bytes), ``"derived"`` (these bytes are converted in
+            ``commit``; they are lent in loadable layout and must stay as they were transferred) or
+            ``"opaque"`` (not weightd's: listed, not lent).
         profile: naming and merging convention of the engine.
+        layout: for a model that no rule file describes, what `weightd.trace.trace_loader` found,
+            or a function that finds it. A rule file that describes (architecture, profile) wins; a
+            function is only called where none does; in the background (``connect_timeout`` < 0),
+            and with ``prefer_layout``, it is called at once.
+        prefer_layout: use ``layout`` although a rule file describes the model.
         tp_rank, tp_size, pp_rank, pp_size, ep_rank, ep_size, dp_rank: coordinates of this rank.
         quiesce: called on a thread of this object before memory is written; returns when nobody
             reads the parameters any more. Raising leaves this replica untouched.
@@ -54,10 +61,13 @@ class EngineRank:
             reset, or None. Raising poisons the replica. With neither callback both are answered
             at once, without Python.
         connect_timeout: seconds to wait for the daemon; negative goes on in the background.
+        device: that holds this rank's parameters, by the daemon's name: ``host``, ``host.1`` or a
+            GPU's UUID; None is ``host``.
 
     Raises:
         errors.UnavailableError: no daemon answers.
-        errors.LayoutError: unknown architecture or profile, a parameter no rule covers, bad shapes.
+        errors.LayoutError: unknown architecture, profile or device, a parameter no rule covers,
+            bad shapes.
         errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
     """
 
@@ -70,6 +80,7 @@ class EngineRank:
         architecture: str,
         config: Any,
         params: Union[Mapping[str, Any], Iterable[tuple[str, Any]]],
+        kinds: Optional[Mapping[str, str]] = None,
         profile: str = "vllm-0.32",
         tp_rank: int = 0,
         tp_size: int = 1,
@@ -78,13 +89,21 @@ class EngineRank:
         ep_rank: int = 0,
         ep_size: int = 1,
         dp_rank: int = 0,
+        layout: Optional[Layout] = None,
+        prefer_layout: bool = False,
         quiesce: Optional[Quiesce] = None,
         commit: Optional[Commit] = None,
         connect_timeout: float = 10.0,
+        device: Optional[str] = None,
     ) -> None:
         self._lib = _native.library()
         pairs = named_pairs(params)
-        layout = [_checked(name, tensor) for name, tensor in pairs]
+        numbers = kind_numbers(pairs, kinds or {})
+        described = [
+            checked(name, tensor, number) for (name, tensor), number in zip(pairs, numbers)
+        ]
+        if callable(layout) and (prefer_layout or connect_timeout < 0):
+            layout = layout()
         options = _native.EngineOptions(
             address=_native.encode(address),
             model=_native.encode(model),
@@ -101,8 +120,9 @@ class EngineRank:
             config_json=_native.encode(config_json(config)),
             auto_quiesce=int(quiesce is None and commit is None),
             connect_timeout_ms=_timeout_ms(connect_timeout),
+            device=_native.encode(device),
         )
-        shared = _memory.share(pairs)
+        shared = _memory.share([pair for pair, kind in zip(pairs, numbers) if kind != OPAQUE])
         handle = ctypes.c_void_p()
         _native.check(self._lib.weightd_engine_open(ctypes.byref(options), ctypes.byref(handle)))
         self._handle: int = handle.value or 0
@@ -110,6 +130,7 @@ class EngineRank:
         self._params = pairs
         self._lock = threading.Lock()  # one native call at a time, except state
         self._changed = threading.Condition()
+        self._changes = 0  # guarded by _changed
         self._stop = threading.Event()
         self._thread: Optional[threading.Thread] = None
         self._counter = 0
@@ -123,8 +144,8 @@ class EngineRank:
             self._stop,
         )
         try:
-            array = param_array(layout, pairs, shared)
-            _native.check(self._lib.weightd_engine_register(self._handle, array, len(pairs)))
+            self._array = param_array(described, pairs, shared, numbers)
+            register(self._lib, self._handle, self._array, len(pairs), layout, prefer_layout)
         except BaseException:
             self._close()
             raise
@@ -200,6 +221,43 @@ class EngineRank:
                 )
             self._wait_slice(_SLICE_MS if left is None else min(_SLICE_MS, int(left * 1000) + 1))
 
+    def wait_change(self, since: int, timeout: float) -> int:
+        """Waits until the state may have changed, or `wake` was called, since ``since`` was told.
+
+        Args:
+            since: what the last call returned; 0 at first.
+            timeout: seconds.
+
+        Returns:
+            A counter for the next call.
+        """
+        if self._thread is None:
+            self._wait_slice(max(1, int(timeout * 1000)))
+        with self._changed:
+            self._changed.wait_for(lambda: self._changes != since, timeout)
+            return self._changes
+
+    def wake(self) -> None:
+        """Ends every `wait_change`."""
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    def register_layout(self, layout: TracedLayout, prefer: bool = False) -> None:
+        """Registers again, with a trace. Waits for the daemon unless it is in the background.
+
+        Args:
+            layout: what `weightd.trace.trace_loader` found for this rank.
+            prefer: use it although a rule file describes the model.
+
+        Raises:
+            errors.LayoutError: it is not a trace of these parameters.
+        """
+        with self._lock:
+            self._check_usable()
+            count = len(self._params)
+            register(self._lib, self._handle, self._array, count, layout, prefer)
+
     def close(self) -> None:
         """Takes the parameters back and leaves. Idempotent."""
         if not self._close.alive or os.getpid() != self._pid:
@@ -239,9 +297,10 @@ class EngineRank:
             return
         with self._lock:
             self._check_usable()
-            self._counter = self._lib.weightd_engine_wait(self._handle, self._counter, timeout_ms)
-        with self._changed:
-            self._changed.notify_all()
+            before = self._counter
+            self._counter = self._lib.weightd_engine_wait(self._handle, before, timeout_ms)
+        if self._counter != before:
+            self.wake()
 
     def _answer(self, quiesce: Optional[Quiesce], commit: Optional[Commit]) -> None:
         """Runs the callback that the daemon waits for, if it waits for one, and reports."""
@@ -276,65 +335,6 @@ class EngineRank:
             raise state_error(
                 "the engine rank is closed", reason="CLOSED", remedy="make a new EngineRank"
             )
-
-
-def config_json(config: Any) -> str:
-    """Hugging Face config as JSON; values that JSON does not know (dtypes) become their text."""
-    value = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(value, Mapping):
-        raise layout_error(
-            f"config is neither a mapping nor has to_dict(): {type(config).__name__}",
-            reason="CONFIG",
-            remedy="pass the model's Hugging Face config",
-        )
-    return json.dumps(value, default=str)
-
-
-def param_array(
-    layout: list[LocalTensor],
-    pairs: list[tuple[str, Any]],
-    shared: Mapping[int, _memory.SharedStorage],
-) -> ctypes.Array:
-    """Builds ``weightd_param[]``; names that denote the same memory become aliases of the first.
-
-    Raises:
-        errors.UnsupportedError: a parameter's storage cannot be lent.
-    """
-    array = (_native.Param * max(1, len(pairs)))()
-    seen: dict[tuple, str] = {}
-    for target, local, (name, tensor) in zip(array, layout, pairs):
-        key = (_memory.storage_key(tensor), tensor.storage_offset(), local.shape, tensor.stride())
-        first = seen.setdefault(key, name) if tensor.numel() else name
-        target.name = name.encode("utf-8")
-        target.dtype = local.dtype
-        target.num_dims = len(local.shape)
-        target.shape[: len(local.shape)] = local.shape
-        target.kind = _KIND_RAW
-        target.alias_of = _native.encode(first) if first != name else None
-        fill_memory(target.memory, tensor, shared)
-        if target.memory.fd < 0 and tensor.numel():
-            raise UnsupportedError(
-                "parameter lies in memory that cannot be lent (pinned, NumPy-backed or mapped)",
-                code=UNIMPLEMENTED,
-                reason="MEMORY",
-                tensor=name,
-                remedy="make the engine's parameter a plain CPU tensor, e.g. tensor.clone()",
-            )
-    return array
-
-
-def _checked(name: str, tensor: Any) -> LocalTensor:
-    local = describe(name, tensor)
-    _memory.check_host_tensor(name, tensor)
-    overlapping = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), local.shape))
-    if overlapping:
-        raise layout_error(
-            f"elements of the parameter share memory: strides={list(tensor.stride())}",
-            reason="OVERLAP",
-            tensor=name,
-            remedy="register the parameter itself, not an expanded view",
-        )
-    return local
 
 
 def _serve_callbacks(

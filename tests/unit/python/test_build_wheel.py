@@ -64,6 +64,9 @@ def test_wheel_is_complete_and_loads_without_the_build_directory(
         names = archive.namelist()
         record = archive.read("weightd-0.1.0.dist-info/RECORD").decode()
     assert sorted(line.split(",")[0] for line in record.splitlines()) == sorted(names)
+    assert "weightd/vllm/__init__.py" in names
+    points = (tmp_path / "site" / "weightd-0.1.0.dist-info" / "entry_points.txt").read_text()
+    assert points == "[vllm.general_plugins]\nweightd = weightd.vllm:register\n"
     libraries = sorted(name for name in names if "/_lib/" in name)
     assert [name.split("/")[-1].split("-")[0] for name in libraries] == [
         "libdeepest",

@@ -12,6 +12,7 @@ import torch
 
 from tests.support.fake_library import FakeLibrary
 from weightd import EngineRank, errors
+from weightd.traced import TracedLayout, TracedSource, TracedWrite
 
 
 def _engine(params: Any = None, **options: Any) -> EngineRank:
@@ -31,11 +32,25 @@ def test_parameters_are_lent_and_tied_names_become_aliases(library: FakeLibrary)
         assert library.opened["profile"] == b"vllm-0.32"
 
 
+def test_device_of_the_memory_is_passed_on(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(2))], device="host.1"):
+        assert library.opened["device"] == b"host.1"
+
+
 def test_views_of_other_parts_are_no_aliases(library: FakeLibrary) -> None:
     base = torch.zeros(4, 2)
     with _engine([("a", base[:2]), ("b", base[2:]), ("c", base)]):
         assert [param["alias_of"] for param in library.params] == [None] * 3
         assert [param["offset_bytes"] for param in library.params] == [0, 16, 0]
+
+
+def test_kinds_are_told_and_opaque_parameters_are_not_lent(library: FakeLibrary) -> None:
+    pairs = [("a", torch.zeros(2)), ("b", torch.zeros(2)), ("c", torch.zeros(1).expand(3))]
+    with _engine(pairs, kinds={"b": "derived", "c": "opaque"}):
+        assert [param["kind"] for param in library.params] == [1, 2, 3]
+        assert [param["fd"] >= 0 for param in library.params] == [True, True, False]
+    with pytest.raises(errors.LayoutError, match="unknown kind of parameter: packed"):
+        _engine(kinds={"w": "packed"})
 
 
 def test_memory_that_cannot_be_lent_is_refused(library: FakeLibrary) -> None:
@@ -73,6 +88,83 @@ def test_failed_registration_closes_the_session(library: FakeLibrary) -> None:
     with pytest.raises(errors.LayoutError, match="nearest: LlamaForCausalLM"):
         _engine(architecture="LlamaForCausal")
     assert library.calls == ["open", "register", "close"]
+
+
+def _traced(name: str = "w", shape: tuple[int, ...] = (3, 2)) -> TracedLayout:
+    """Rows 4 and 5 of a source, transposed, and zeros below them."""
+    return TracedLayout(
+        params=((name, shape),),
+        sources=(TracedSource("q", (9, 2), True), TracedSource("mask", (4,), False)),
+        writes=(
+            TracedWrite(0, 0, (0, 0), (2, 2), (4, 0), (1, 0)),
+            TracedWrite(0, -1, (2, 0), (1, 2), (), ()),
+        ),
+    )
+
+
+def test_traced_layout_is_registered_with_the_parameters_it_names(library: FakeLibrary) -> None:
+    params = [("norm", torch.zeros(2)), ("w", torch.zeros(3, 2))]
+    with _engine(params, layout=_traced(), prefer_layout=True):
+        assert library.calls == ["open", "register_traced"]
+        assert library.trace == {
+            "sources": [("q", [9, 2]), ("mask", [4])],
+            "writes": [
+                (1, 0, [0, 0], [2, 2], [4, 0], [1, 0]),
+                (1, -1, [2, 0], [1, 2], [0, 0], [0, 0]),
+            ],
+            "preferred": 1,
+        }
+
+
+def test_traced_name_may_be_an_alias(library: FakeLibrary) -> None:
+    tensor = torch.zeros(3, 2)
+    with _engine([("embed", tensor), ("head", tensor[:])], layout=_traced("head")):
+        assert {write[0] for write in library.trace["writes"]} == {0}
+
+
+def test_names_that_are_tied_by_now_are_written_once(library: FakeLibrary) -> None:
+    both = TracedLayout(
+        params=(("embed", (2, 2)), ("head", (2, 2))),
+        sources=(TracedSource("e", (2, 2), True), TracedSource("h", (2, 2), True)),
+        writes=tuple(TracedWrite(i, i, (0, 0), (2, 2), (0, 0), (0, 1)) for i in range(2)),
+    )
+    tensor = torch.zeros(2, 2)
+    with _engine([("embed", tensor), ("head", tensor[:])], layout=both):
+        assert [write[:2] for write in library.trace["writes"]] == [(0, 0)]
+
+
+def test_other_parameters_than_the_traced_are_refused(library: FakeLibrary) -> None:
+    with pytest.raises(errors.LayoutError, match="not registered") as caught:
+        _engine([("v", torch.zeros(3, 2))], layout=_traced())
+    assert caught.value.tensor == "w" and library.calls == ["open", "close"]
+    with pytest.raises(errors.LayoutError, match=r"traced=\[3, 2\], registered=\[2, 3\]"):
+        _engine([("w", torch.zeros(2, 3))], layout=_traced())
+
+
+def test_tracing_is_left_out_where_a_rule_file_fits(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(3, 2))], layout=lambda: pytest.fail("traced")):
+        assert library.calls == ["open", "register"]
+
+
+def test_without_a_rule_file_the_layout_is_traced(library: FakeLibrary) -> None:
+    library.failures["register"] = {"code": 5, "reason": "UNKNOWN_ARCHITECTURE", "message": "?"}
+    with _engine([("w", torch.zeros(3, 2))], layout=_traced):
+        assert library.calls == ["open", "register", "register_traced"]
+    library.failures["register"] = {"code": 3, "reason": "SHAPE", "message": "?"}
+    with pytest.raises(errors.LayoutError):
+        _engine([("w", torch.zeros(3, 2))], layout=lambda: pytest.fail("traced"))
+
+
+def test_in_the_background_the_layout_is_traced_at_once(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(3, 2))], layout=_traced, connect_timeout=-1):
+        assert library.calls == ["open", "register_traced"]
+        assert library.trace["preferred"] == 0
+
+
+def test_a_trace_may_come_later(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(3, 2))], connect_timeout=-1) as engine:
+        engine.register_layout(_traced())
+        assert library.calls == ["open", "register", "register_traced"]
 
 
 def test_state_version_and_readiness(library: FakeLibrary) -> None:
@@ -133,6 +225,16 @@ def test_callback_that_raises_is_reported_and_the_thread_lives_on(library: FakeL
             _until(library, lambda count=count: len(library.answers) == count)
         assert engine.state["pending"] == ""
     assert library.answers == [("quiesced", None, "RuntimeError: cannot pause")] * 2
+
+
+def test_waiting_for_a_change_ends_with_the_change_or_a_wake(library: FakeLibrary) -> None:
+    with _engine(quiesce=lambda: None) as engine:
+        seen = engine.wait_change(-1, 0.0)
+        library.set_engine_state(state="SERVING", version=3)
+        changed = engine.wait_change(seen, 30.0)
+        assert changed > seen and engine.version == 3
+        engine.wake()
+        assert engine.wait_change(changed, 30.0) == changed + 1
 
 
 def _until(library: FakeLibrary, condition: Any) -> None:

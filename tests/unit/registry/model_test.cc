@@ -118,5 +118,16 @@ TEST_CASE("ranks of one engine that disagree about the model are refused") {
   CHECK(Reason(model.SetEngine(*replica, other, Rank(1, 2, 0, false))) == reason::kConfig);
 }
 
+TEST_CASE("either all ranks of an engine are traced, or none") {
+  Model model("m", 0);
+  auto replica = JoinBoth(model);
+  EngineModel traced = TwoRanks();
+  traced.traced = true;
+  REQUIRE(model.SetEngine(*replica, TwoRanks(), Rank(0, 2, 0, false)).ok());
+  CHECK(Reason(model.SetEngine(*replica, traced, Rank(1, 2, 0, false))) == reason::kConfig);
+  REQUIRE(model.SetEngine(*replica, traced, Rank(0, 2, 0, false)).ok());
+  CHECK(model.SetEngine(*replica, traced, Rank(1, 2, 0, false)).ok());
+}
+
 }  // namespace
 }  // namespace weightd

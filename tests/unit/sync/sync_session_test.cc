@@ -35,8 +35,8 @@ TEST_CASE("the second sync replays the plan without sending it again") {
 
 TEST_CASE("bytes that differ after landing are never acknowledged and poison the engine") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
-    fixture.StepDone(command, command.step == Step::kTransfer ? 42 : 43);
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
+    fixture.StepDone(device, command, command.step == Step::kTransfer ? 42 : 43);
   };
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).reason == reason::kVerifyMismatch);
@@ -48,8 +48,11 @@ TEST_CASE("bytes that differ after landing are never acknowledged and poison the
 
 TEST_CASE("a worker that skips a tensor in its digests is noticed") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
-    Event event{.kind = Event::Kind::kStepDone, .attempt = command.attempt, .step = command.step};
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
+    Event event{.kind = Event::Kind::kStepDone,
+                .device = device,
+                .attempt = command.attempt,
+                .step = command.step};
     event.touched = true;
     if (command.step == Step::kTransfer) event.digests = {{0, {0}, {42, 0}}};
     if (command.step == Step::kVerify) event.digests = {{0, {}, {0}}};
@@ -58,24 +61,37 @@ TEST_CASE("a worker that skips a tensor in its digests is noticed") {
   CHECK(FieldsOf(fixture.Sync(1).error).reason == reason::kVerifyMismatch);
 }
 
+TEST_CASE("a worker that leaves a tensor out of both of its digests is noticed") {
+  SyncFixture fixture;
+  fixture.script.on_step = [&](const StepCommand& command) {
+    Event event{.kind = Event::Kind::kStepDone, .attempt = command.attempt, .step = command.step};
+    event.touched = true;
+    event.digests = {{0, {}, {0}}};
+    fixture.mailbox.Post(std::move(event));
+  };
+  CHECK(FieldsOf(fixture.Sync(1).error).reason == reason::kVerifyMismatch);
+}
+
 TEST_CASE("a layout error refuses the sync before anything is prepared") {
-  SyncFixture fixture(2);
+  SyncFixture fixture({.engines = 2});
   fixture.resolve_error =
       Error(StatusCode::kInvalidArgument, reason::kUncoveredParameter, "fix it", "no rule");
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).reason == reason::kUncoveredParameter);
   CHECK(FieldsOf(report.error).phase == "resolve_layouts");
   CHECK(fixture.outcomes.empty());
+  CHECK(fixture.idle ==
+        Strings{"engine e0: 1 UNCOVERED_PARAMETER", "engine e1: 1 UNCOVERED_PARAMETER"});
   CHECK(fixture.worker_log.empty());
 }
 
 TEST_CASE("an engine that dies in the transfer fails alone; the other commits") {
-  SyncFixture fixture(2);
-  fixture.script.on_step = [&](const StepCommand& command) {
+  SyncFixture fixture({.engines = 2});
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
     if (command.step == Step::kTransfer && command.attempt.counter == 1) {
       fixture.Lose(fixture.engine_members[0], true);
     }
-    fixture.StepDone(command, 42);
+    fixture.StepDone(device, command, 42);
   };
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).reason == reason::kPeerLost);
@@ -89,9 +105,9 @@ TEST_CASE("an engine that dies in the transfer fails alone; the other commits") 
 TEST_CASE(
     "an actor that dies in the transfer fails the sync for all and poisons what was touched") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
     fixture.Lose(fixture.group.ranks[1]->member, false);
-    fixture.StepDone(command, 42);
+    fixture.StepDone(device, command, 42);
   };
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).peer == "actor");
@@ -111,19 +127,31 @@ TEST_CASE("an engine that does not answer Prepare is named at the deadline and l
   CHECK(fixture.replicas[0]->state == ReplicaState::kRegistered);
 }
 
-TEST_CASE("a worker that never answers is killed before the report: that is the fence") {
+TEST_CASE("an engine that does not publish is not acknowledged, and is poisoned") {
   SyncFixture fixture;
-  fixture.script.on_step = [](const StepCommand&) {};
+  fixture.script.on_commit = [](MemberId, AttemptId) {};
   const SyncReport report = fixture.Sync(1);
   CHECK(report.error.code() == StatusCode::kDeadlineExceeded);
-  CHECK(fixture.worker_killed);
+  CHECK(FieldsOf(report.error).peer == "engine e0");
+  CHECK(FieldsOf(report.error).phase == "commit");
+  CHECK(fixture.outcomes == Strings{"engine e0: POISONED"});
+  CHECK(fixture.ledger.highest() == 0);
+}
+
+TEST_CASE("a worker that never answers is killed before the report: that is the fence") {
+  SyncFixture fixture;
+  fixture.script.on_step = [](const std::string&, const StepCommand&) {};
+  const SyncReport report = fixture.Sync(1);
+  CHECK(report.error.code() == StatusCode::kDeadlineExceeded);
+  CHECK(fixture.workers_killed == std::set<std::string>{"host"});
   CHECK(fixture.outcomes == Strings{"engine e0: POISONED"});
 }
 
 TEST_CASE("a failed sync consumes no version; the same one heals the engine") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
-    fixture.StepDone(command, 42, Error(StatusCode::kUnavailable, reason::kPeerLost, "", "gone"));
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
+    fixture.StepDone(device, command, 42,
+                     Error(StatusCode::kUnavailable, reason::kPeerLost, "", "gone"));
   };
   REQUIRE_FALSE(fixture.Sync(1).error.ok());
   CHECK(fixture.replicas[0]->state == ReplicaState::kPoisoned);
@@ -144,6 +172,32 @@ TEST_CASE("a rank that never arrives is named at the deadline of admit") {
   CHECK(report.error.code() == StatusCode::kDeadlineExceeded);
   CHECK(FieldsOf(report.error).peer == "actor 1");
   CHECK(fixture.outcomes.empty());
+  CHECK(fixture.idle == Strings{"engine e0: 1 DEADLINE"});
+}
+
+TEST_CASE("an engine that holds the version already is told that no attempt is coming") {
+  SyncFixture fixture(2);
+  fixture.script.on_step = [&](const StepCommand& command) {
+    const bool fails = command.attempt.counter == 2;
+    fixture.StepDone(
+        command, 42,
+        fails ? Error(StatusCode::kUnavailable, reason::kPeerLost, "", "gone") : Status());
+  };
+  REQUIRE_FALSE(fixture.Sync(1).error.ok());
+  CHECK(fixture.idle.empty());
+  fixture.script.on_step = nullptr;
+  REQUIRE(fixture.Sync(1).error.ok());
+  CHECK(fixture.idle == Strings{"engine e0: 1 ok"});
+}
+
+TEST_CASE("derived parameters are acknowledged as loadable") {
+  SyncFixture fixture;
+  CHECK(std::string(fixture.ViewReplicas()[0].verified()) == "memory");
+  ReplicaView view = fixture.ViewReplicas()[0];
+  auto rank = std::make_shared<EngineRank>(*view.targets[0].rank);
+  rank->params = {{"a", {1}, DType::kFloat32}, {"b", {1}, DType::kFloat32, ParamKind::kDerived}};
+  view.targets[0].rank = rank;
+  CHECK(std::string(view.verified()) == "loadable");
 }
 
 }  // namespace

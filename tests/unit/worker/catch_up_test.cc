@@ -72,14 +72,20 @@ TEST_CASE("a cancelled or late copy stops before it writes") {
   CHECK(late.a[0] == 0.0f);
 }
 
-TEST_CASE("a derived parameter cannot be copied from memory") {
+TEST_CASE("a derived parameter's lent memory is copied as it was transferred") {
   Rank peer(false);
   Rank late(false);
   RankLayout layout = MakeLayout();
   layout.params[0].kind = ParamKind::kDerived;
-  const Status status = CatchUp(1).Copy(layout, peer.bindings, late.bindings, {});
-  CHECK(ReasonOf(status) == reason::kEngineRefused);
-  CHECK(FieldsOf(status).tensor == "a");
+  layout.params[2].kind = ParamKind::kDerived;
+  std::iota(peer.a.begin(), peer.a.end(), 1.0f);
+  CatchUp catch_up(1);
+  REQUIRE(catch_up.Copy(layout, peer.bindings, late.bindings, {}).ok());
+  CHECK(late.a == peer.a);
+  REQUIRE(catch_up.Retain("e", 5, layout, peer.bindings, {}).ok());
+  Rank later(false);
+  REQUIRE(catch_up.Restore("e", 5, layout, later.bindings, {}).ok());
+  CHECK(later.a == peer.a);
 }
 
 TEST_CASE("a retained copy fills the rank it was taken from, until it is dropped") {

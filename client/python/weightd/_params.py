@@ -1,0 +1,109 @@
+"""Parameters of an engine rank on their way to the C ABI."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from typing import Any, Iterable, Mapping
+
+from weightd import _memory, _native
+from weightd._layout import LocalTensor, describe
+from weightd._marshal import fill_memory
+from weightd.errors import UNIMPLEMENTED, UnsupportedError, layout_error
+
+_KINDS = {"raw": 1, "derived": 2, "opaque": 3}
+OPAQUE = _KINDS["opaque"]
+
+
+def config_json(config: Any) -> str:
+    """Hugging Face config as JSON; values that JSON does not know (dtypes) become their text."""
+    value = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(value, Mapping):
+        raise layout_error(
+            f"config is neither a mapping nor has to_dict(): {type(config).__name__}",
+            reason="CONFIG",
+            remedy="pass the model's Hugging Face config",
+        )
+    return json.dumps(value, default=str)
+
+
+def param_array(
+    layout: list[LocalTensor],
+    pairs: list[tuple[str, Any]],
+    shared: Mapping[int, _memory.SharedStorage],
+    kinds: Iterable[int],
+) -> ctypes.Array:
+    """Builds ``weightd_param[]``; names that denote the same memory become aliases of the first.
+
+    Args:
+        layout: what `describe` says of each tensor.
+        pairs: (name, tensor).
+        shared: their storages in shared memory.
+        kinds: number of each parameter's kind.
+
+    Raises:
+        errors.UnsupportedError: a parameter's storage cannot be lent.
+    """
+    array = (_native.Param * max(1, len(pairs)))()
+    seen: dict[tuple, str] = {}
+    for target, local, (name, tensor), kind in zip(array, layout, pairs, kinds):
+        target.name = name.encode("utf-8")
+        target.dtype = local.dtype
+        target.num_dims = len(local.shape)
+        target.shape[: len(local.shape)] = local.shape
+        target.kind = kind
+        if kind == OPAQUE:
+            target.memory.fd = -1
+            continue
+        key = (_memory.storage_key(tensor), tensor.storage_offset(), local.shape, tensor.stride())
+        first = seen.setdefault(key, name) if tensor.numel() else name
+        target.alias_of = _native.encode(first) if first != name else None
+        fill_memory(target.memory, tensor, shared)
+        if target.memory.fd < 0 and tensor.numel() and not _memory.is_cuda(tensor):
+            raise UnsupportedError(
+                "parameter lies in memory that cannot be lent (pinned, NumPy-backed or mapped)",
+                code=UNIMPLEMENTED,
+                reason="MEMORY",
+                tensor=name,
+                remedy="make the engine's parameter a plain CPU tensor, e.g. tensor.clone()",
+            )
+    return array
+
+
+def kind_numbers(pairs: list[tuple[str, Any]], kinds: Mapping[str, str]) -> list[int]:
+    """The number of each parameter's kind.
+
+    Raises:
+        errors.LayoutError: there is no such kind.
+    """
+    for name, kind in kinds.items():
+        if kind not in _KINDS:
+            raise layout_error(
+                f"unknown kind of parameter: {kind}",
+                reason="CONFIG",
+                tensor=name,
+                remedy=f"use one of {', '.join(_KINDS)}",
+            )
+    return [_KINDS[kinds.get(name, "raw")] for name, _ in pairs]
+
+
+def checked(name: str, tensor: Any, kind: int) -> LocalTensor:
+    """Describes a parameter; one that is lent must be writable host memory.
+
+    Raises:
+        errors.LayoutError: unsupported shape or dtype, or elements that share memory.
+        errors.UnsupportedError: not in host memory.
+    """
+    local = describe(name, tensor)
+    if kind == OPAQUE:
+        return local
+    _memory.check_tensor(name, tensor)
+    overlapping = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), local.shape))
+    if overlapping:
+        raise layout_error(
+            f"elements of the parameter share memory: strides={list(tensor.stride())}",
+            reason="OVERLAP",
+            tensor=name,
+            remedy="register the parameter itself, not an expanded view",
+        )
+    return local

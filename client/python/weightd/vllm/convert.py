@@ -1,0 +1,213 @@
+"""The parameters of one vLLM worker as weightd sees them, and the conversion of derived ones.
+
+A raw parameter is lent as it is. A derived one that the post-load step left in place (it only made a
+copy of it) is lent as it is, too. Any other is received in a buffer of its loadable layout in shared
+memory; at commit vLLM's own post-load step makes the kernel's form out of it, one module at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from weightd.errors import FAILED_PRECONDITION, EngineError
+from weightd.vllm.post_load import (
+    LoadRecord,
+    ModuleChange,
+    full_name,
+    is_deferred_attention,
+    own_parameters,
+)
+
+
+@dataclass
+class Derived:
+    """A module that goes through its post-load step at every commit.
+
+    Attributes:
+        change: what that step did when the model was loaded.
+        staged: buffers in loadable layout, by attribute.
+        kernel: parameters, buffers and names of non-persistent buffers as the engine uses them.
+    """
+
+    change: ModuleChange
+    staged: dict[str, Any] = field(default_factory=dict)
+    kernel: tuple[dict[str, Any], dict[str, Any], set[str]] = field(
+        default_factory=lambda: ({}, {}, set())
+    )
+
+
+class Parameters:
+    """What one worker lends.
+
+    Attributes:
+        pairs: (name, tensor) to lend, in the model's order, then what is listed only.
+        kinds: "derived" and "opaque" parameters by name; all others are raw.
+    """
+
+    def __init__(self, model: Any, record: LoadRecord) -> None:
+        """Allocates the buffers.
+
+        Args:
+            model: after its post-load step.
+            record: what that step did.
+
+        Raises:
+            errors.EngineError: a module was changed in a way that cannot be repeated.
+        """
+        self._model = model
+        self._hook = record.hook
+        self._derived = [Derived(change) for change in record.changes if change.loadable]
+        self._attention = [
+            change.module for change in record.changes if is_deferred_attention(change.module)
+        ]
+        self.kinds: dict[str, str] = {}
+        buffers = self._stage()
+        self.pairs = self._collect(buffers, record.born)
+
+    @property
+    def converts(self) -> bool:
+        """True if a commit has something to convert."""
+        return bool(self._derived) or self._hook
+
+    def counts(self) -> dict[str, int]:
+        """Number of parameters of each kind."""
+        counts = {"raw": 0, "derived": 0, "opaque": 0}
+        for name, _ in self.pairs:
+            counts[self.kinds.get(name, "raw")] += 1
+        return counts
+
+    def staged_bytes(self) -> int:
+        """Bytes of the buffers in loadable layout."""
+        tensors = {id(t): t for d in self._derived for t in d.staged.values()}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def convert(self, model_config: Any) -> None:
+        """Runs the post-load step of everything that is derived, on what was received.
+
+        Args:
+            model_config: of vLLM.
+        """
+        import torch
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        with torch.no_grad(), set_default_torch_dtype(model_config.dtype):
+            for derived in self._derived:
+                _convert_module(derived)
+            for module in self._attention:
+                module.process_weights_after_loading(model_config.dtype)
+            if self._hook:
+                self._model.process_weights_after_loading()
+
+    def _stage(self) -> dict[str, Any]:
+        """Makes a buffer for every derived parameter that did not stay in place."""
+        import torch
+
+        buffers: dict[str, Any] = {}
+        by_address: dict[int, Any] = {}  # tied parameters share one
+        for derived in self._derived:
+            change = derived.change
+            module = change.module
+            derived.kernel = (
+                {k: p for k, p in module._parameters.items() if p is not None},
+                {k: b for k, b in module._buffers.items() if b is not None},
+                set(module._non_persistent_buffers_set),
+            )
+            for attribute, mark in change.loadable.items():
+                name = full_name(change.name, attribute)
+                self.kinds[name] = "derived"
+                if attribute in change.kept:
+                    continue
+                _check_repeatable(module, name, attribute)
+                buffer = by_address.get(mark.address)
+                if buffer is None:
+                    buffer = torch.empty_strided(mark.shape, mark.stride, dtype=mark.dtype)
+                    by_address[mark.address] = buffer
+                derived.staged[attribute] = buffers[name] = buffer
+        return buffers
+
+    def _collect(self, buffers: dict[str, Any], born: set[str]) -> list[tuple[str, Any]]:
+        lent = [
+            (name, buffers.get(name, tensor))
+            for name, tensor in own_parameters(self._model)
+            if name not in born
+        ]
+        derived = {tensor.data_ptr() for name, tensor in lent if name in self.kinds}
+        for name, tensor in lent:
+            if tensor.numel() > 0 and tensor.data_ptr() in derived:
+                self.kinds[name] = "derived"  # tied to one that is
+        listed = [(name, tensor) for name, tensor in own_parameters(self._model) if name in born]
+        self.kinds |= {name: "opaque" for name, _ in listed}
+        return lent + listed
+
+
+def _check_repeatable(module: Any, name: str, attribute: str) -> None:
+    """Makes sure that the parameter can be put back into its loadable form."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    method = getattr(module, "quant_method", None)
+    parameters, _ = get_layerwise_info(module).restore_metadata
+    if isinstance(method, QuantizeMethodBase) and attribute in parameters:
+        return
+    raise EngineError(
+        f"vLLM changed a parameter after loading in a way that it cannot repeat: "
+        f"module={type(module).__name__}",
+        code=FAILED_PRECONDITION,
+        reason="ENGINE_REFUSED",
+        tensor=name,
+        remedy="use another backend of vLLM for this layer, or reload from a checkpoint",
+    )
+
+
+def _convert_module(derived: Derived) -> None:
+    """Puts one module back into its loadable form, fills it and lets vLLM process it."""
+    module = derived.change.module
+    if not derived.staged:
+        _process(module)
+        return
+    from vllm.model_executor.model_loader.reload.layerwise import (
+        _layerwise_process,
+        get_layerwise_info,
+    )
+    from vllm.model_executor.model_loader.reload.meta import (
+        materialize_layer,
+        restore_layer_on_meta,
+    )
+
+    info = get_layerwise_info(module)
+    parameters, buffers, non_persistent = derived.kernel
+    info.kernel_tensors = (parameters, buffers)
+    info.kernel_non_persistent_buffers = non_persistent
+    restore_layer_on_meta(module, info)
+    materialize_layer(module, info)
+    for attribute, tensor in (module._parameters | module._buffers).items():
+        source = derived.staged.get(attribute)
+        if source is None:
+            source = parameters.get(attribute, buffers.get(attribute))
+        if tensor is not None and source is not None and tensor is not source:
+            tensor.data.copy_(source)
+    _forget_first_load(module)
+    _layerwise_process(module, info)
+
+
+def _process(module: Any) -> None:
+    """Runs the post-load step of a module whose loadable parameters are in place."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    method: Optional[Any] = getattr(module, "quant_method", None)
+    if isinstance(method, QuantizeMethodBase):
+        _forget_first_load(module)
+        method.process_weights_after_loading(module)
+
+
+def _forget_first_load(module: Any) -> None:
+    """Lets the post-load step do all that it did at the first load.
+
+    With a kernel at hand the step of expert layers takes a short cut which, on CPUs, leaves out the
+    repacking (vLLM 0.32): the experts would be computed with in the wrong order.
+    """
+    module.__dict__.pop("_already_called_process_weights_after_loading", None)
+    method = getattr(module, "quant_method", None)
+    if getattr(method, "moe_kernel", None) is not None:
+        method.moe_kernel = None

@@ -1,0 +1,35 @@
+"""Where the vLLM plug-in takes its settings from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from weightd import errors
+from weightd.vllm.settings import Settings, read_settings
+
+
+def _read(config: Any, **environment: str) -> Settings:
+    return read_settings(config, "served", "i1", environment)
+
+
+def test_defaults_come_from_vllm() -> None:
+    settings = _read({})
+    assert (settings.address, settings.model, settings.engine) == (None, "served", "vllm-i1")
+
+
+def test_environment_wins_over_additional_config() -> None:
+    config = {"weightd": {"address": "unix:/a", "model": "m", "engine": "e", "quiesce_timeout": 3}}
+    assert _read(config) == Settings("unix:/a", "m", "e", 3)
+    settings = _read(config, WEIGHTD_ADDRESS="unix:/b", WEIGHTD_MODEL="n", WEIGHTD_ENGINE="f")
+    assert (settings.address, settings.model, settings.engine) == ("unix:/b", "n", "f")
+
+
+def test_unknown_keys_and_wrong_types_are_refused() -> None:
+    with pytest.raises(errors.LayoutError, match="did you mean address"):
+        _read({"weightd": {"adress": "unix:/a"}})
+    with pytest.raises(errors.LayoutError, match="wrong type"):
+        _read({"weightd": {"start_timeout": "long"}})
+    with pytest.raises(errors.LayoutError, match="wrong type"):
+        _read({"weightd": {"model": 3}})

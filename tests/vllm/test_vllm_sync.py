@@ -1,0 +1,82 @@
+"""From real trainers into real vLLM engines: after every sync each worker holds what vLLM's own
+loader makes of the same tensors, and the engine answers as one freshly started from them.
+
+One engine at a time: TP 1 and 2, in bfloat16 (raw on a CPU without bfloat16 instructions) and
+float32 (its linear layers are packed away after loading: derived).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.cluster import Cluster
+from tests.support.gloo import run_ranks
+from tests.support.llama_trainer import MESHES, STEPS, make_model, train_and_sync
+from tests.support.vllm_engine import missing_parts, start_vllm
+
+pytestmark = pytest.mark.skipif(bool(missing_parts()), reason=missing_parts() or "-")
+
+MODEL = "policy"
+PROMPTS = [[5, 6, 7, 8], [200, 3], [17, 250, 31, 99, 4, 60, 2]]
+TOKENS = 12
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def _save(folder: Path, name: str, steps: int) -> str:
+    """A checkpoint in float32 of the weights after some steps."""
+    path = folder / name
+    make_model(torch.float32, steps).save_pretrained(path)
+    return str(path)
+
+
+def _fresh_answers(cluster: Cluster, path: str, tp_size: int, **options: Any) -> list[Any]:
+    fresh = start_vllm(cluster, "fresh", tp_size)
+    try:
+        fresh.call("open", path=path, weightd=None, **options)
+        return fresh.call("generate", prompts=PROMPTS, count=TOKENS)
+    finally:
+        fresh.close()
+
+
+def _bits(answers: list[Any]) -> list[Any]:
+    return [(answer["tokens"], answer["logprobs"]) for answer in answers]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_engine_equals_a_fresh_one(tp_size: int, dtype: str, capsys: Any) -> None:
+    options = {"dtype": dtype, "tensor_parallel_size": tp_size}
+    with Cluster() as cluster:
+        engine = start_vllm(cluster, "engine", tp_size)
+        try:
+            start = engine.call(
+                "open", path=_save(cluster.folder, "other", 0), weightd={"model": MODEL}, **options
+            )
+            counts = [worker["counts"] for worker in engine.call("call", method="weightd_state")]
+            with capsys.disabled():
+                print(f"\nvLLM tp={tp_size} {dtype}: {start['seconds']} s, {counts[0]}", flush=True)
+            assert all(count["raw"] + count["derived"] > 0 for count in counts)
+            before = engine.call("generate", prompts=PROMPTS, count=TOKENS)
+            version = 1
+            for trainer_dtype in DTYPES:  # float32 last: the checkpoint is in float32
+                for mesh in MESHES:
+                    arguments = (MODEL, mesh, trainer_dtype, version, engine, cluster.folder)
+                    problems = run_ranks(4, train_and_sync, cluster.address, *arguments)
+                    assert [text for part in problems for text in part] == []
+                    version += STEPS
+            after = engine.call("generate", prompts=PROMPTS, count=TOKENS)
+            assert {version for answer in after for version in answer["versions"]} == {
+                str(version - 1)
+            }
+        except BaseException:
+            print(cluster.logs())
+            raise
+        finally:
+            engine.close()
+        fresh = _fresh_answers(cluster, _save(cluster.folder, "last", STEPS), tp_size, **options)
+    assert _bits(before) != _bits(after)
+    assert _bits(after) == _bits(fresh)
