@@ -38,6 +38,7 @@ class FakeWorker : public WorkerPort {
   void SendForget(MemberId) override {}
   void SendPlan(const WorkerPlan& plan) override {
     fixture_.worker_log.emplace_back("plan");
+    if (fixture_.script.on_plan) return fixture_.script.on_plan(plan);
     fixture_.mailbox.Post(
         {.kind = Event::Kind::kPlanLoaded, .plan = plan.handle, .digest = plan.digest});
   }

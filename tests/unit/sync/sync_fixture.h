@@ -17,6 +17,7 @@ struct Script {
   std::function<void(MemberId, AttemptId)> on_prepare;
   std::function<void(MemberId, AttemptId)> on_commit;
   std::function<void(const StepCommand&)> on_step;
+  std::function<void(const WorkerPlan&)> on_plan;
 };
 
 class FakeActor : public ActorPort {

@@ -80,6 +80,21 @@ TEST_CASE("a layout error refuses the sync before anything is prepared") {
   CHECK(fixture.worker_log.empty());
 }
 
+TEST_CASE("a worker that computed another plan moves nothing") {
+  SyncFixture fixture;
+  fixture.script.on_plan = [&](const WorkerPlan& plan) {
+    Digest128 other = plan.digest;
+    other[0] ^= 1;
+    fixture.mailbox.Post({.kind = Event::Kind::kPlanLoaded, .plan = plan.handle, .digest = other});
+  };
+  const SyncReport report = fixture.Sync(1);
+  CHECK(FieldsOf(report.error).reason == reason::kPlanMismatch);
+  CHECK(FieldsOf(report.error).phase == "build_plan");
+  CHECK_FALSE(FieldsOf(report.error).remedy.empty());
+  CHECK(fixture.worker_log == Strings{"plan"});
+  CHECK(fixture.outcomes.empty());
+}
+
 TEST_CASE("an engine that dies in the transfer fails alone; the other commits") {
   SyncFixture fixture(2);
   fixture.script.on_step = [&](const StepCommand& command) {
