@@ -151,6 +151,9 @@ class Coordinator {
   void MemberLost(const std::string& device, MemberId member, const std::string& cause);
   /// PlanLoaded, Progress and StepDone go to the job that waits for them.
   void WorkerEvent(Event event);
+  void StagingUsed(const std::string& device, uint64_t bytes) {
+    observer_.OnStaging(device, bytes);
+  }
 
   // ---- views
   std::vector<ModelView> Views(const std::string& model_or_empty);

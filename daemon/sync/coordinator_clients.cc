@@ -253,7 +253,13 @@ void Coordinator::LeaveEngine(EngineSession& session, const Status& cause) {
   if (session.member != MemberId::kNone) RemoveMember(session.member);
   session.room->model.LeaveReplica(session.replica, {at.pp_rank, at.tp_rank},
                                    cause.ok() ? absl::OkStatus() : event.status);
-  Observe(*session.room, *session.replica);
+  const auto& replicas = session.room->model.replicas();
+  if (std::find(replicas.begin(), replicas.end(), session.replica) != replicas.end()) {
+    Observe(*session.room, *session.replica);
+  } else {
+    observer_.OnReplicaLeft(session.room->model.name(), session.replica->engine,
+                            session.replica->dp_rank);
+  }
   session.room = nullptr;
   --sessions_;
 }
