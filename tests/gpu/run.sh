@@ -63,7 +63,7 @@ if [[ "$STEPS" == *" sanitizer "* ]]; then
     # Racecheck slows a kernel down some thousandfold: one table of boxes of every kind, and the refused ones.
     WEIGHTD_GPU_TEST_SEEDS=2 step memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "$BIN/gpu_test" \
       "~boxes beyond four gigabytes*" "~errors name*"
-    WEIGHTD_GPU_TEST_SEEDS=1 step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 "$BIN/gpu_test" \
+    WEIGHTD_GPU_TEST_SEEDS=3 step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 "$BIN/gpu_test" \
       "boxes of every kind*,a box outside*"
   else
     echo "sanitizer: left out, no compute-sanitizer on the PATH"
