@@ -38,7 +38,7 @@ struct ActorGroup {
   std::vector<std::shared_ptr<const ActorRank>> ranks;  ///< nullptr: not registered
   std::vector<bool> joined;  ///< a live session has said hello for this rank
   std::vector<bool> lost;    ///< was registered and died
-  uint64_t generation = 0;   ///< grows with every registration and loss
+  uint64_t generation = 0;  ///< changes with every registration and loss; of one model, none recurs
   bool superseded = false;
 
   int registered() const;
@@ -78,7 +78,7 @@ struct Replica {
   uint64_t version = 0;                       ///< 0: none
   Status error;                               ///< why it is not ready, if something went wrong
   std::string loader;                         ///< the rule file that describes it, once known
-  uint64_t generation = 0;
+  uint64_t generation = 0;                    ///< as ActorGroup's
 
   bool complete() const { return static_cast<int>(ranks.size()) == model.num_ranks; }
   std::string label() const { return fmt::format("engine {} dp {}", engine, dp_rank); }
@@ -133,6 +133,9 @@ class Model {
   void Settle(Replica& replica);
 
   std::string name_;
+  /// Counts for all groups and replicas, so that one which left and came back under its name is
+  /// told apart from the one before.
+  uint64_t last_generation_ = 0;
   VersionLedger ledger_;
   std::vector<std::shared_ptr<ActorGroup>> groups_;
   std::vector<std::shared_ptr<Replica>> replicas_;
