@@ -45,12 +45,13 @@ inline constexpr int kElementsSection = 1;  ///< element by element, and zeros
 inline constexpr int kVectorsSection = 2;   ///< + kind, from kCopy to kDigest: whole vectors
 inline constexpr int kNumSections = kVectorsSection + static_cast<int>(BoxKind::kDigest) + 1;
 
-/// A box, cut into units (a warp's or part of a warp's work without branches) and tiles.
+/// A box, cut into units (what one row and one digest block have in common, the work of `lanes`
+/// threads) and tiles (what a block, or for single elements a warp, takes at a time).
 ///
-/// Elements and vectors: dims[0] runs along memory on both sides; a unit is the part of one row
-/// that lies in one digest block, `lanes` threads share it; a tile is `units_per_tile` units.
-/// Tiles: dims[0] runs along source memory and dims[1] along target memory; a tile is
-/// kTileSide x kTileSide elements of them.
+/// Vectors and elements: dims[0] runs along memory on both sides; a unit is the part of one row
+/// that lies in one digest block; a tile is `units_per_tile` units. Tiles: dims[0] runs along
+/// source memory and dims[1] along target memory; a tile is kTileSide x kTileLength elements of
+/// them.
 struct alignas(16) BoxDesc {
   uint64_t from_offset = 0;  ///< bytes into ranges[from_range]
   uint64_t to_offset = 0;
@@ -71,7 +72,7 @@ struct alignas(16) BoxDesc {
   uint8_t lanes = 32;
   uint8_t num_dims = 1;
   bool digest = false;
-  bool vectors = false;  ///< rows: everything is aligned to 16-byte vectors
+  bool vectors = false;  ///< everything is aligned to the kernel's vectors
   BoxDim dims[kDescDims];
 };
 

@@ -26,19 +26,13 @@ uint32_t TilesBefore(const std::vector<uint32_t>& window_end, uint32_t window) {
   return window == 0 ? 0 : window_end[window - 1];
 }
 
-// Fewer blocks than asked for if there is less to do.
-int Blocks(int wanted, uint64_t tiles, uint64_t tiles_per_block) {
-  const uint64_t useful = (tiles + tiles_per_block - 1) / tiles_per_block;
-  return static_cast<int>(std::min<uint64_t>(static_cast<uint64_t>(wanted), useful));
-}
-
 int LaunchSection(int section, const BoxArgs& args, int num_blocks, StreamRef stream) {
+  // Every warp of the elements kernel takes a tile, elsewhere a block does.
+  const uint64_t per_block = section == kElementsSection ? kBoxThreads / 32 : 1;
   const uint64_t tiles = uint64_t{args.end_tile} - args.first_tile;
-  if (section == kTilesSection) {
-    // Half the threads per block, so twice the blocks.
-    return LaunchTiles(args, Blocks(num_blocks * (kRowThreads / kTileThreads), tiles, 1), stream);
-  }
-  const int blocks = Blocks(num_blocks, tiles, kRowThreads / 32);
+  const auto useful = static_cast<int>((tiles + per_block - 1) / per_block);
+  const int blocks = num_blocks == 0 ? useful : std::min(num_blocks, useful);
+  if (section == kTilesSection) return LaunchTiles(args, blocks, stream);
   if (section == kElementsSection) return LaunchElements(args, blocks, stream);
   return LaunchVectors(static_cast<BoxKind>(section - kVectorsSection), args, blocks, stream);
 }
@@ -126,16 +120,13 @@ uint64_t BoxTable::size_bytes() const {
 
 StatusOr<int> DefaultBlocks(DeviceId device) {
   WEIGHTD_ASSIGN_OR_RETURN(const int multiprocessors, NumMultiprocessors(device));
-  return 2 * multiprocessors;
+  return 4 * multiprocessors;
 }
 
 Status Launch(const BoxTable& table, uint32_t first_window, uint32_t end_window, DigestWords& words,
               int num_blocks, StreamRef stream) {
   WEIGHTD_CHECK(first_window <= end_window && end_window <= table.num_windows());
   WEIGHTD_CHECK(words.num_words() >= table.num_words());
-  if (num_blocks == 0) {
-    WEIGHTD_ASSIGN_OR_RETURN(num_blocks, DefaultBlocks(table.device()));
-  }
   const DeviceGuard guard(table.device());
   BoxArgs args;
   args.ranges = reinterpret_cast<const MemoryRange*>(table.ranges_.data());

@@ -76,18 +76,19 @@ class BoxTable {
 };
 
 /// Runs windows [first_window, end_window) of a table: one kernel per kind of box in them, one
-/// after the other. The words add up over launches. `num_blocks` blocks of 512 threads share the
-/// work (twice as many of 256 threads where boxes are transposed); 0 means DefaultBlocks. Returns
-/// at once; table and words must live until the stream is done. \pre SetBases was called;
-/// words.num_words() >= table.num_words(); both are of the same device
+/// after the other. The words add up over launches. `num_blocks` blocks of 256 threads share the
+/// work; 0 means one block per tile, which is the fastest where all memory is this device's own and
+/// nothing else has to run beside. Returns at once; table and words must live until the stream is
+/// done. \pre SetBases was called; words.num_words() >= table.num_words(); both are of the same
+/// device
 Status Launch(const BoxTable& table, uint32_t first_window, uint32_t end_window, DigestWords& words,
               int num_blocks, StreamRef stream);
 
-/// Blocks that fill a device when it reads and writes its own memory.
+/// Blocks that a device runs at once. \error UNAVAILABLE DEVICE
 StatusOr<int> DefaultBlocks(DeviceId device);
 
-/// Blocks that fill an NVLink when targets lie on a peer: more starve local work, fewer than 64
-/// leave the link idle (measured on H200: 64 blocks 366 GB/s, 132 blocks 369).
-inline constexpr int kRemoteBlocks = 96;
+/// Blocks that fill an NVLink when targets lie on a peer: more starve local work, fewer than 128
+/// leave the link idle (measured on H200: 32,768 threads 366 GB/s, twice as many 369).
+inline constexpr int kRemoteBlocks = 192;
 
 }  // namespace weightd::cuda

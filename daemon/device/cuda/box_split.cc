@@ -11,11 +11,13 @@ namespace weightd::cuda {
 namespace {
 
 constexpr uint64_t kVectorBytes = 16;
-constexpr uint64_t kMostUnits = uint64_t{1} << 30;
+constexpr uint64_t kMostTiles = uint64_t{1} << 30;
 constexpr uint64_t kMostExtent = uint64_t{1} << 31;
-// What a warp takes at a time: large beside the cost of reading a descriptor, small beside a GPU's
-// share of the smallest model.
-constexpr uint64_t kWarpTileBytes = 32 << 10;
+// What a block, or for single elements a warp, takes at a time: large beside the cost of reading a
+// descriptor, small beside a GPU's share of the smallest model.
+constexpr uint64_t kBlockBytes = 64 << 10;
+constexpr uint64_t kDigestBytes = 256 << 10;  // a digest has nothing to write meanwhile
+constexpr uint64_t kWarpBytes = 16 << 10;
 constexpr uint32_t kWarp = 32;
 
 bool Reads(const WideBox& box) { return box.desc.from_size != 0; }
@@ -54,7 +56,7 @@ bool OrderDims(WideBox& box) {
     }
   }
   MoveToFront(dims, p, 0);
-  if (p == q) return false;
+  if (p == q || std::max(box.desc.from_size, box.desc.to_size) > kMostTileBytes) return false;
   MoveToFront(dims, q < p ? q + 1 : q, 1);
   return true;
 }
@@ -106,7 +108,7 @@ bool FitsVectors(const WideBox& box) {
 }
 
 void AppendTiles(const BoxDesc& desc, uint64_t tiles, BoxImage::Section& section) {
-  WEIGHTD_CHECK(section.box_of_tile.size() + tiles <= kMostUnits);
+  WEIGHTD_CHECK(section.box_of_tile.size() + tiles <= kMostTiles);
   BoxDesc box = desc;
   box.first_tile = static_cast<uint32_t>(section.box_of_tile.size());
   section.box_of_tile.insert(section.box_of_tile.end(), tiles,
@@ -129,18 +131,37 @@ void AppendRows(const WideBox& box, BoxImage& image) {
   desc.parts = static_cast<uint32_t>(1 + CeilDiv(extent - first, per_part));
   desc.units = static_cast<uint32_t>(desc.parts * rows);
   const uint64_t longest = std::min(extent, per_part);
+  const bool fast = desc.vectors && desc.kind <= BoxKind::kDigest;
   // Two vectors, or one element, per lane at least; then several units share a warp.
-  const uint64_t wanted = desc.vectors ? CeilDiv(longest * size, kVectorBytes) / 2 : longest;
+  const uint64_t wanted = fast ? longest * size / kVectorBytes / 2 : longest;
   uint32_t lanes = 1;
   while (lanes < kWarp && lanes * 2 <= wanted) lanes *= 2;
   desc.lanes = static_cast<uint8_t>(lanes);
-  const uint64_t at_once = kWarp / lanes;
-  const uint64_t units = CeilDiv(kWarpTileBytes, longest * size);
-  desc.units_per_tile = static_cast<uint32_t>(CeilDiv(units, at_once) * at_once);
-  const bool fast = desc.vectors && desc.kind <= BoxKind::kDigest;
+  const uint64_t tile_bytes = desc.kind == BoxKind::kDigest ? kDigestBytes : kBlockBytes;
+  const uint64_t units = CeilDiv(fast ? tile_bytes : kWarpBytes, longest * size);
+  desc.units_per_tile = static_cast<uint32_t>(CeilDiv(units, kWarp / lanes) * (kWarp / lanes));
   const int section = fast ? kVectorsSection + static_cast<int>(desc.kind) : kElementsSection;
   AppendTiles(desc, CeilDiv(desc.units, desc.units_per_tile),
               image.sections[static_cast<size_t>(section)]);
+}
+
+// True if a tile's rows and columns are whole vectors, aligned on the side that they run along.
+bool FitsTileVectors(const WideBox& box) {
+  const BoxDesc& desc = box.desc;
+  const uint64_t vector = kTileVector;
+  const WideDim& p = box.dims[0];
+  const WideDim& q = box.dims[1];
+  if (p.extent % vector != 0 || p.from != desc.from_size) return false;
+  if (desc.from_offset % (vector * desc.from_size) != 0) return false;
+  if (Writes(box) && (q.extent % vector != 0 || q.to != desc.to_size ||
+                      desc.to_offset % (vector * desc.to_size) != 0)) {
+    return false;
+  }
+  for (size_t d = 0; d < box.dims.size(); ++d) {
+    if (d != 0 && box.dims[d].from % (vector * desc.from_size) != 0) return false;
+    if (Writes(box) && d != 1 && box.dims[d].to % (vector * desc.to_size) != 0) return false;
+  }
+  return true;
 }
 
 void AppendTransposed(const WideBox& box, BoxImage& image) {
@@ -149,11 +170,12 @@ void AppendTransposed(const WideBox& box, BoxImage& image) {
   uint64_t outer = 1;
   for (size_t d = 2; d < box.dims.size(); ++d) outer *= box.dims[d].extent;
   const uint64_t p_tiles = CeilDiv(box.dims[0].extent, kTileSide);
-  const uint64_t q_tiles = CeilDiv(box.dims[1].extent, kTileSide);
+  const uint64_t q_tiles = CeilDiv(box.dims[1].extent, kTileLength);
   desc.parts = static_cast<uint32_t>(p_tiles);
   desc.first_part = static_cast<uint32_t>(q_tiles);
   desc.units = static_cast<uint32_t>(p_tiles * q_tiles * outer);
   desc.units_per_tile = 1;
+  desc.vectors = FitsTileVectors(box);
   AppendTiles(desc, desc.units, image.sections[kTilesSection]);
 }
 
@@ -180,7 +202,7 @@ void AppendFitting(WideBox box, size_t front, BoxImage& image) {
     units *= d == 0 ? CeilDiv(box.dims[0].extent, kTileSide) + 1 : box.dims[d].extent;
     if (box.dims[d].extent > box.dims[longest].extent) longest = d;
   }
-  if (units > kMostUnits || box.dims[longest].extent > kMostExtent) {
+  if (units > kMostTiles || box.dims[longest].extent > kMostExtent) {
     uint64_t at = box.dims[longest].extent / 2;
     if (at > kDigestBlockBytes) at -= at % kDigestBlockBytes;
     WideBox rest = CutOff(box, longest, at);

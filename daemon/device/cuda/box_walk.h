@@ -7,10 +7,22 @@
 #include "daemon/device/cuda/box_desc.h"
 #include "daemon/layout/digest.h"
 
+// The kernels set this to keep short loops from being unrolled, which costs them registers.
+#ifndef WEIGHTD_ROLLED
+#define WEIGHTD_ROLLED
+#endif
+
 namespace weightd::cuda {
 
-/// Elements on the side of a transposed tile.
+/// Elements of a transposed tile along dims[0] and dims[1]. It is moved in squares.
 inline constexpr uint32_t kTileSide = 64;
+inline constexpr uint32_t kTileLength = 4 * kTileSide;
+
+/// Elements that a thread of the tiles kernel moves at once where alignment allows.
+inline constexpr uint32_t kTileVector = 4;
+
+/// Largest element of the tiles kernel; wider ones go one by one.
+inline constexpr uint32_t kMostTileBytes = 4;
 
 /// Bytes of an element as it is written, or as it lies in memory if nothing is written.
 constexpr uint32_t UnitSize(const BoxDesc& box) {
@@ -40,6 +52,7 @@ constexpr UnitPlace PlaceOfUnit(const BoxDesc& box, uint32_t unit) {
   place.row = box.first_row + begin * fast.row;
   place.column = box.first_column + uint64_t{begin} * fast.column;
   place.count = (end < fast.extent ? end : fast.extent) - begin;
+  WEIGHTD_ROLLED
   for (int d = box.num_dims - 1; d > 0; --d) {
     const BoxDim& dim = box.dims[d];
     uint32_t index = outer;
@@ -71,7 +84,7 @@ constexpr TilePlace PlaceOfTile(const BoxDesc& box, uint32_t tile) {
   const BoxDim& q = box.dims[1];
   uint32_t outer = tile / box.parts;
   const uint32_t p_begin = (tile - outer * box.parts) * kTileSide;
-  const uint32_t q_begin = (outer % box.first_part) * kTileSide;
+  const uint32_t q_begin = (outer % box.first_part) * kTileLength;
   outer /= box.first_part;
   TilePlace place;
   place.from = p_begin * p.from + q_begin * q.from;
@@ -79,7 +92,8 @@ constexpr TilePlace PlaceOfTile(const BoxDesc& box, uint32_t tile) {
   place.row = box.first_row + p_begin * p.row + q_begin * q.row;
   place.column = box.first_column + uint64_t{p_begin} * p.column + uint64_t{q_begin} * q.column;
   place.p_count = p.extent - p_begin < kTileSide ? p.extent - p_begin : kTileSide;
-  place.q_count = q.extent - q_begin < kTileSide ? q.extent - q_begin : kTileSide;
+  place.q_count = q.extent - q_begin < kTileLength ? q.extent - q_begin : kTileLength;
+  WEIGHTD_ROLLED
   for (int d = box.num_dims - 1; d > 1; --d) {
     const BoxDim& dim = box.dims[d];
     const uint32_t index = outer % dim.extent;
@@ -100,6 +114,7 @@ constexpr bool SideInside(const BoxDesc& box, uint64_t offset, uint64_t bytes,
                           uint64_t range_bytes) {
   if (offset > range_bytes || bytes > range_bytes - offset) return false;
   uint64_t used = offset + bytes;
+  WEIGHTD_ROLLED
   for (int d = 0; d < box.num_dims; ++d) {
     const uint64_t steps = box.dims[d].extent - 1;
     const uint64_t stride = kFrom ? box.dims[d].from : box.dims[d].to;

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#define WEIGHTD_ROLLED _Pragma("unroll 1")
+
 #include "daemon/device/cuda/box_desc.h"
 #include "daemon/device/cuda/box_walk.h"
 #include "daemon/device/host/float_bits.h"
@@ -11,9 +13,9 @@
 
 namespace weightd::cuda {
 
-// The tables of layout/digest.h, for a block to copy into shared memory.
+// The tables of layout/digest.h. Every kernel has its own copy, which the caches keep.
 struct DigestTables {
-  uint32_t weights[kDigestBlockWords];
+  alignas(16) uint32_t weights[kDigestBlockWords];
   uint64_t sums[kDigestBlockWords + 1];
 };
 
@@ -139,19 +141,43 @@ __device__ __forceinline__ uint64_t Term(uint64_t bits, unsigned size, unsigned 
   return ((static_cast<uint64_t>(bits) << shift) + mask) * weights[byte / 4];
 }
 
-/// acc + word * weight for the four words of a vector; the masks are added once per run.
+/// acc + word * weight for all words of a vector; the masks are added once per run.
+__device__ __forceinline__ uint64_t MacVector(uint64_t acc, const uint2& words,
+                                              const uint2& weights) {
+  acc += uint64_t{words.x} * weights.x;
+  return acc + uint64_t{words.y} * weights.y;
+}
+
 __device__ __forceinline__ uint64_t MacVector(uint64_t acc, const uint4& words,
                                               const uint4& weights) {
-  acc += uint64_t{words.x} * weights.x;
-  acc += uint64_t{words.y} * weights.y;
-  acc += uint64_t{words.z} * weights.z;
-  return acc + uint64_t{words.w} * weights.w;
+  acc = MacVector(acc, uint2{words.x, words.y}, uint2{weights.x, weights.y});
+  return MacVector(acc, uint2{words.z, words.w}, uint2{weights.z, weights.w});
+}
+
+/// The sum over the lanes, in all of them. All lanes of the warp call it.
+__device__ __forceinline__ uint64_t WarpSum(uint64_t sum) {
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, step);
+  return sum;
 }
 
 /// Adds the lanes' sums to a digest word. All lanes of the warp call it.
 __device__ __forceinline__ void FlushWord(uint64_t sum, unsigned long long* word) {
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, step);
+  sum = WarpSum(sum);
   if (threadIdx.x % 32 == 0 && sum != 0) atomicAdd(word, static_cast<unsigned long long>(sum));
+}
+
+/// Adds the sums of all threads of a block to a digest word: one atomic per call, since blocks work
+/// on the same few words at the same time. `warp_sums` is shared memory, one per warp. All threads
+/// call it and synchronise before they use warp_sums again.
+template <unsigned kThreads>
+__device__ __forceinline__ void AddToWord(uint64_t sum, uint64_t* warp_sums,
+                                          unsigned long long* word) {
+  sum = WarpSum(sum);
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  sum = WarpSum(threadIdx.x < kThreads / 32 ? warp_sums[threadIdx.x] : 0);
+  if (threadIdx.x == 0) atomicAdd(word, static_cast<unsigned long long>(sum));
 }
 
 }  // namespace weightd::cuda

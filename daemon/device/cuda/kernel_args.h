@@ -20,8 +20,8 @@ struct BoxArgs {
   unsigned long long* report = nullptr;  ///< 1 + index of a box that was refused, 0 if none was
 };
 
-inline constexpr int kRowThreads = 512;
-inline constexpr int kTileThreads = 256;
+/// Threads of a block, in every kernel.
+inline constexpr int kBoxThreads = 256;
 
 /// Enqueue a kernel on the current device; the result is a cudaError_t. \pre first_tile < end_tile,
 /// the boxes are of the kernel's section (box_desc.h)

@@ -17,6 +17,9 @@ constexpr uint64_t kVerify = 2;
 constexpr microseconds kSpin{500};
 constexpr microseconds kNap{20};
 
+/// Blocks per multiprocessor for local work while the remote lane runs: half of what fits.
+constexpr int kBlocksBeside = 2;
+
 /// What a table depends on; empty if the plan cannot be told from others.
 std::vector<uint64_t> KeyOf(const BoundPlan& plan, size_t target, uint64_t kind) {
   std::vector<uint64_t> key;
@@ -43,8 +46,8 @@ StatusOr<std::unique_ptr<IpcTransport>> IpcTransport::Create(cuda::DeviceId devi
   std::unique_ptr<IpcTransport> transport(new IpcTransport(device, options));
   WEIGHTD_ASSIGN_OR_RETURN(transport->local_, Lane::Create(device));
   WEIGHTD_ASSIGN_OR_RETURN(transport->remote_, Lane::Create(device));
-  WEIGHTD_ASSIGN_OR_RETURN(transport->local_blocks_, cuda::DefaultBlocks(device));
-  WEIGHTD_ASSIGN_OR_RETURN(transport->local_blocks_beside_, cuda::NumMultiprocessors(device));
+  WEIGHTD_ASSIGN_OR_RETURN(const int multiprocessors, cuda::NumMultiprocessors(device));
+  transport->local_blocks_beside_ = kBlocksBeside * multiprocessors;
   return transport;
 }
 
@@ -158,7 +161,7 @@ StatusOr<std::vector<RankDigests>> IpcTransport::TransferAll(const BoundPlan& pl
              [&](const StepBinder& bound) { return BuildTransferTable(plan, bound, copy_engine); });
     if (!found.ok()) return binder.Fail(Note(found.status()), "");
     loaded.push_back(*found);
-    const int local_blocks = any_remote ? local_blocks_beside_ : local_blocks_;
+    const int local_blocks = any_remote ? local_blocks_beside_ : 0;
     lanes[remote ? 1 : 0].emplace_back(*found, &binder, remote ? &remote_ : &local_,
                                        remote ? cuda::kRemoteBlocks : local_blocks,
                                        options_.group_bytes);
@@ -193,7 +196,7 @@ StatusOr<RankDigests> IpcTransport::Verify(const BoundPlan& plan, size_t target,
       Find(KeyOf(plan, target, kVerify), binder, &BuildVerifyTable);
   if (!loaded.ok()) return binder.Fail(Note(loaded.status()), "");
   std::vector<TableRun> lane;
-  lane.emplace_back(*loaded, &binder, &local_, local_blocks_, options_.group_bytes);
+  lane.emplace_back(*loaded, &binder, &local_, 0, options_.group_bytes);
   WEIGHTD_RETURN_IF_ERROR(Run({&lane, 1}, control));
   StatusOr<RankDigests> digests = DigestsOf(**loaded, binder);
   if (!digests.ok()) return binder.Fail(digests.status(), "");
@@ -208,7 +211,7 @@ StatusOr<std::vector<uint64_t>> IpcTransport::RunOnce(StepTable step, const Step
   StatusOr<LoadedTable> loaded = Load(std::move(step));
   if (!loaded.ok()) return Note(loaded.status());
   std::vector<TableRun> lane;
-  lane.emplace_back(&*loaded, &binder, &local_, local_blocks_, options_.group_bytes);
+  lane.emplace_back(&*loaded, &binder, &local_, 0, options_.group_bytes);
   WEIGHTD_RETURN_IF_ERROR(Run({&lane, 1}, control));
   WEIGHTD_ASSIGN_OR_RETURN(const std::span<const uint64_t> words, loaded->words.Read());
   return std::vector<uint64_t>(words.begin(), words.end());

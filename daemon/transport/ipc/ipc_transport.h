@@ -75,8 +75,7 @@ class IpcTransport final : public Transport {
   const cuda::DeviceId device_;
   const IpcOptions options_;
   Lane local_;
-  Lane remote_;  ///< stores to peers
-  int local_blocks_ = 0;
+  Lane remote_;                  ///< stores to peers
   int local_blocks_beside_ = 0;  ///< while the remote lane runs: more would starve it
   bool broken_ = false;
   std::list<LoadedTable> tables_;  ///< latest use first

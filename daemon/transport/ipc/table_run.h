@@ -49,8 +49,8 @@ class TableRun {
   /// Called for each window that has landed: its bytes and the next window's first parameter.
   using WindowFn = std::function<void(uint64_t, const std::string&)>;
 
-  /// Runs with `blocks` blocks, about `group_bytes` between two looks at cancellation.
-  /// \pre everything outlives this
+  /// Runs with `blocks` blocks (0: one per tile), about `group_bytes` between two looks at
+  /// cancellation. \pre everything outlives this
   TableRun(LoadedTable* loaded, const StepBinder* binder, Lane* lane, int blocks,
            uint64_t group_bytes)
       : loaded_(loaded), binder_(binder), lane_(lane), blocks_(blocks), group_bytes_(group_bytes) {}
