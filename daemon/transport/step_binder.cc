@@ -19,7 +19,28 @@ Status Transport::CopyParams(const BoundPlan&, size_t, std::span<const Binding>,
                "transport {} leaves catch-up to the host", name());
 }
 
+StatusOr<std::vector<RankDigests>> Transport::TransferAll(const BoundPlan& plan,
+                                                          std::span<const uint32_t> targets,
+                                                          RunControl& control) {
+  std::vector<RankDigests> digests;
+  uint32_t windows_before = 0;
+  uint64_t bytes_before = 0;
+  for (uint32_t target : targets) {
+    RunControl one = control;
+    one.on_window = [&](uint32_t windows, uint64_t bytes, const std::string& next) {
+      if (control.on_window)
+        control.on_window(windows_before + windows, bytes_before + bytes, next);
+    };
+    WEIGHTD_ASSIGN_OR_RETURN(RankDigests rank, Transfer(plan, target, one));
+    digests.push_back(std::move(rank));
+    windows_before += static_cast<uint32_t>(plan.targets[target].plan->windows.size());
+    bytes_before += plan.targets[target].plan->bytes;
+  }
+  return digests;
+}
+
 std::string StepBinder::ParamAt(size_t write) const {
+  if (target_ == nullptr) return "";  // a step on shards alone
   const RankLayout& layout = *target_->layout;
   return write < layout.writes.size() ? layout.params[layout.writes[write].param].name : "";
 }

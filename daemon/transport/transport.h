@@ -97,6 +97,12 @@ class Transport {
   virtual StatusOr<RankDigests> Transfer(const BoundPlan& plan, size_t target,
                                          RunControl& control) = 0;
 
+  /// Transfer for several engine ranks; control.on_window counts over all of them. On an error some
+  /// windows of any of them may have landed. This one transfers one rank after the other.
+  virtual StatusOr<std::vector<RankDigests>> TransferAll(const BoundPlan& plan,
+                                                         std::span<const uint32_t> targets,
+                                                         RunControl& control);
+
   /// Digests the memory of targets[target], read anew. Blocks.
   virtual StatusOr<RankDigests> Verify(const BoundPlan& plan, size_t target,
                                        RunControl& control) = 0;

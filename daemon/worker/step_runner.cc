@@ -48,8 +48,7 @@ struct StepRunner::Context {
   std::vector<uint64_t> members;           ///< all that the step uses
   PinnedMembers pinned;
   uint64_t bytes_total = 0;
-  uint64_t bytes_before = 0;    ///< of the targets that are done
-  uint32_t windows_before = 0;  ///< of the targets that are done
+  uint64_t bytes_before = 0;  ///< of the targets that are done
   Clock::time_point reported = Clock::now();
 };
 
@@ -182,7 +181,7 @@ void StepRunner::Progress(Context* context, uint64_t bytes, uint32_t windows,
   *progress.mutable_attempt() = context->command.attempt();
   progress.set_bytes_done(context->bytes_before + bytes);
   progress.set_bytes_total(context->bytes_total);
-  progress.set_window(context->windows_before + windows);
+  progress.set_window(windows);
   progress.set_layer(layer);
   report_(std::move(report));
 }
@@ -195,7 +194,7 @@ RunControl StepRunner::ControlOf(Context* context, StagedSource* staged) {
   const bool transfers = context->command.step() == v1::STEP_TRANSFER;
   control.on_window = [this, context, transfers](uint32_t windows, uint64_t bytes,
                                                  const std::string& layer) {
-    const uint32_t index = context->windows_before + windows - 1;
+    const uint32_t index = windows - 1;
     if (transfers && index < kFailpointWindows) Failpoint(fmt::format("window.{}", index));
     Progress(context, bytes, windows, layer);
   };
@@ -213,15 +212,13 @@ Status StepRunner::Transfer(Context* context, v1::StepDone* done) {
   RingSource staged(plan, context->pinned, context->command.attempt(), context->cancelled,
                     context->deadline);
   RunControl control = ControlOf(context, &staged);
-  for (uint32_t target : context->command.targets()) {
-    done->set_touched(true);
-    WEIGHTD_ASSIGN_OR_RETURN(const RankDigests digests,
-                             transport_->Transfer(bound, target, control));
-    AddDigests(target, digests, done);
-    context->bytes_before += plan.ranks[target].bytes;
-    context->windows_before += static_cast<uint32_t>(plan.ranks[target].windows.size());
-    done->set_bytes(context->bytes_before);
-  }
+  const std::vector<uint32_t> targets(context->command.targets().begin(),
+                                      context->command.targets().end());
+  done->set_touched(!targets.empty());
+  WEIGHTD_ASSIGN_OR_RETURN(const std::vector<RankDigests> digests,
+                           transport_->TransferAll(bound, targets, control));
+  for (size_t i = 0; i < targets.size(); ++i) AddDigests(targets[i], digests[i], done);
+  done->set_bytes(context->bytes_total);
   return absl::OkStatus();
 }
 

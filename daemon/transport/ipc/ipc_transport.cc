@@ -1,10 +1,11 @@
 #include "daemon/transport/ipc/ipc_transport.h"
 
 #include <algorithm>
+#include <deque>
 #include <thread>
 #include <utility>
 
-#include "daemon/device/cuda/pitched_copy.h"
+#include "daemon/device/cuda/device.h"
 
 namespace weightd {
 namespace {
@@ -15,6 +16,9 @@ constexpr uint64_t kVerify = 2;
 /// A wait begins by spinning, since most steps of small models end within it, then sleeps.
 constexpr microseconds kSpin{500};
 constexpr microseconds kNap{20};
+
+/// Blocks per multiprocessor for local work while the remote lane runs: half of what fits.
+constexpr int kBlocksBeside = 2;
 
 /// What a table depends on; empty if the plan cannot be told from others.
 std::vector<uint64_t> KeyOf(const BoundPlan& plan, size_t target, uint64_t kind) {
@@ -27,18 +31,23 @@ std::vector<uint64_t> KeyOf(const BoundPlan& plan, size_t target, uint64_t kind)
   return key;
 }
 
+StatusOr<RankDigests> DigestsOf(const LoadedTable& loaded, const StepBinder& binder) {
+  WEIGHTD_ASSIGN_OR_RETURN(const std::span<const uint64_t> words, loaded.words.Read());
+  RankDigests digests;
+  digests.tensors = binder.tensors();
+  digests.words.assign(words.begin(), words.end());
+  return digests;
+}
+
 }  // namespace
 
 StatusOr<std::unique_ptr<IpcTransport>> IpcTransport::Create(cuda::DeviceId device,
                                                              const IpcOptions& options) {
   std::unique_ptr<IpcTransport> transport(new IpcTransport(device, options));
-  WEIGHTD_ASSIGN_OR_RETURN(transport->stream_, cuda::Stream::Create(device, true));
-  WEIGHTD_ASSIGN_OR_RETURN(transport->copy_stream_, cuda::Stream::Create(device, true));
-  WEIGHTD_ASSIGN_OR_RETURN(transport->copied_, cuda::Event::Create(device));
-  for (cuda::Event& event : transport->events_) {
-    WEIGHTD_ASSIGN_OR_RETURN(event, cuda::Event::Create(device));
-  }
-  WEIGHTD_ASSIGN_OR_RETURN(transport->local_blocks_, cuda::DefaultBlocks(device));
+  WEIGHTD_ASSIGN_OR_RETURN(transport->local_, Lane::Create(device));
+  WEIGHTD_ASSIGN_OR_RETURN(transport->remote_, Lane::Create(device));
+  WEIGHTD_ASSIGN_OR_RETURN(const int multiprocessors, cuda::NumMultiprocessors(device));
+  transport->local_blocks_beside_ = kBlocksBeside * multiprocessors;
   return transport;
 }
 
@@ -54,181 +63,170 @@ Status IpcTransport::Note(Status status) {
 
 uint64_t IpcTransport::table_bytes() const {
   uint64_t bytes = 0;
-  for (const Loaded& loaded : tables_) bytes += loaded.table.size_bytes();
+  for (const LoadedTable& loaded : tables_) bytes += loaded.table.size_bytes();
   return bytes;
 }
 
-void IpcTransport::MakeRoom() {
-  while (tables_.size() > 1 && table_bytes() > options_.table_bytes) tables_.pop_back();
-}
-
-StatusOr<IpcTransport::Loaded> IpcTransport::Load(StepTable step) {
-  Loaded loaded;
+StatusOr<LoadedTable> IpcTransport::Load(StepTable step) {
+  LoadedTable loaded;
   WEIGHTD_ASSIGN_OR_RETURN(loaded.table,
-                           cuda::BoxTable::Create(step.image, device_, stream_.ref()));
-  WEIGHTD_RETURN_IF_ERROR(loaded.table.SetBases(step.ranges.bases(), stream_.ref()));
+                           cuda::BoxTable::Create(step.image, device_, local_.stream()));
+  WEIGHTD_RETURN_IF_ERROR(loaded.table.SetBases(step.ranges.bases(), local_.stream()));
   WEIGHTD_ASSIGN_OR_RETURN(loaded.words, cuda::DigestWords::Create(device_, step.image.num_words));
   loaded.windows = std::move(step.windows);
   loaded.bases = step.ranges.bases();
+  // The upload is done before any lane may use it.
+  WEIGHTD_RETURN_IF_ERROR(local_.Synchronize());
   return loaded;
 }
 
-StatusOr<IpcTransport::Loaded*> IpcTransport::Find(std::vector<uint64_t> key,
-                                                   const StepBinder& binder, const BuildFn& build) {
-  const auto known = key.empty()
-                         ? tables_.end()
-                         : std::find_if(tables_.begin(), tables_.end(),
-                                        [&key](const Loaded& loaded) { return loaded.key == key; });
+StatusOr<LoadedTable*> IpcTransport::Find(std::vector<uint64_t> key, const StepBinder& binder,
+                                          const BuildFn& build) {
+  const auto known =
+      key.empty() ? tables_.end()
+                  : std::find_if(tables_.begin(), tables_.end(),
+                                 [&key](const LoadedTable& loaded) { return loaded.key == key; });
   if (known != tables_.end()) {
     tables_.splice(tables_.begin(), tables_, known);
     return &tables_.front();
   }
-  // Tables of registrations and plans that are gone are the last in the list, and go first.
-  std::erase_if(tables_, [](const Loaded& loaded) { return loaded.key.empty(); });
   WEIGHTD_ASSIGN_OR_RETURN(StepTable step, build(binder));
-  WEIGHTD_ASSIGN_OR_RETURN(Loaded loaded, Load(std::move(step)));
+  WEIGHTD_ASSIGN_OR_RETURN(LoadedTable loaded, Load(std::move(step)));
   loaded.key = std::move(key);
   tables_.push_front(std::move(loaded));
-  MakeRoom();
   return &tables_.front();
 }
 
-/// Waits for the GPU. What is launched cannot be taken back and must not outlive the step, so
-/// neither deadline nor cancellation ends this wait: the daemon ends a worker that hangs.
-Status IpcTransport::Await(const cuda::Event& event) {
-  const Clock::time_point spin_until = Clock::now() + kSpin;
-  while (true) {
-    WEIGHTD_ASSIGN_OR_RETURN(const bool done, event.Done());
-    if (done) return absl::OkStatus();
-    if (Clock::now() >= spin_until) std::this_thread::sleep_for(kNap);
-  }
+/// Before and after a step: tables of registrations and plans that are gone are the last in the
+/// list, and go first.
+void IpcTransport::MakeRoom() {
+  std::erase_if(tables_, [](const LoadedTable& loaded) { return loaded.key.empty(); });
+  while (tables_.size() > 1 && table_bytes() > options_.table_bytes) tables_.pop_back();
 }
 
-/// Launches the windows [first, end): kernels on one stream, the copy engine on another, which the
-/// first then waits for.
-Status IpcTransport::LaunchGroup(Loaded* loaded, uint32_t first, uint32_t end, bool remote) {
-  bool copies = false;
-  for (uint32_t w = first; w < end; ++w) {
-    for (const EngineCopy& copy : loaded->windows[w].copies) {
-      copies = true;
-      WEIGHTD_RETURN_IF_ERROR(cuda::CopyPitched(
-          copy.shape, loaded->bases[copy.from_range] + copy.from_offset,
-          loaded->bases[copy.to_range] + copy.to_offset, device_, copy_stream_.ref()));
-    }
-  }
-  WEIGHTD_RETURN_IF_ERROR(cuda::Launch(loaded->table, first, end, loaded->words,
-                                       remote ? cuda::kRemoteBlocks : local_blocks_,
-                                       stream_.ref()));
-  if (!copies) return absl::OkStatus();
-  WEIGHTD_RETURN_IF_ERROR(copied_.Record(copy_stream_.ref()));
-  return stream_.Wait(copied_.ref());
-}
-
-Status IpcTransport::RunGroups(Loaded* loaded, const StepBinder& binder, bool remote) {
-  const std::vector<StepWindow>& windows = loaded->windows;
-  const auto end = static_cast<uint32_t>(windows.size());
-  const auto name_at = [&](uint32_t window) {
-    return window < end ? binder.ParamAt(windows[window].first) : std::string();
-  };
+/// Runs the tables of each lane one after the other, the lanes side by side. What is launched
+/// cannot be taken back and must not outlive the step, so neither deadline nor cancellation ends
+/// the wait for it: the daemon ends a worker that hangs.
+Status IpcTransport::Run(std::span<std::vector<TableRun>> lanes, RunControl& control) {
+  uint32_t windows = 0;
   uint64_t bytes = 0;
-  uint32_t reported = 0;
-  const auto report_until = [&](uint32_t limit) {
-    while (reported < limit) {
-      bytes += windows[reported++].bytes;
-      binder.Report(reported, bytes, name_at(reported));
-    }
+  const TableRun::WindowFn on_window = [&](uint64_t landed, const std::string& next) {
+    bytes += landed;
+    if (control.on_window) control.on_window(++windows, bytes, next);
   };
-  uint32_t launched = 0;  // windows
-  uint32_t group_end[2] = {0, 0};
-  uint32_t groups = 0;
-  for (uint32_t group = 0; launched < end; ++group, ++groups) {
-    WEIGHTD_RETURN_IF_ERROR(binder.Check(name_at(launched)));
-    const uint32_t first = launched;
-    uint64_t group_bytes = 0;
-    while (launched < end && (group_bytes == 0 || group_bytes < options_.group_bytes)) {
-      group_bytes += windows[launched++].bytes;
-    }
-    WEIGHTD_RETURN_IF_ERROR(LaunchGroup(loaded, first, launched, remote));
-    WEIGHTD_RETURN_IF_ERROR(events_[group % 2].Record(stream_.ref()));
-    group_end[group % 2] = launched;
-    if (group == 0) continue;
-    WEIGHTD_RETURN_IF_ERROR(Await(events_[(group + 1) % 2]));
-    report_until(group_end[(group + 1) % 2]);
-  }
-  const uint32_t last = groups == 0 ? 0 : (groups - 1) % 2;
-  WEIGHTD_RETURN_IF_ERROR(Await(events_[last]));
-  report_until(end);
-  return binder.Check("");
-}
-
-/// Runs `launch` on a table and takes its digest words.
-StatusOr<std::vector<uint64_t>> IpcTransport::Run(Loaded* loaded,
-                                                  const std::function<Status()>& launch) {
   const auto run = [&]() -> Status {
-    WEIGHTD_RETURN_IF_ERROR(loaded->words.Clear(stream_.ref()));
-    WEIGHTD_RETURN_IF_ERROR(launch());
-    WEIGHTD_RETURN_IF_ERROR(loaded->words.Fetch(stream_.ref()));
-    WEIGHTD_RETURN_IF_ERROR(events_[0].Record(stream_.ref()));
-    return Await(events_[0]);
+    std::vector<size_t> current(lanes.size());
+    Clock::time_point spin_until = Clock::now() + kSpin;
+    while (true) {
+      bool left = false, moved = false;
+      for (size_t i = 0; i < lanes.size(); ++i) {
+        while (current[i] < lanes[i].size() && lanes[i][current[i]].finished()) ++current[i];
+        if (current[i] == lanes[i].size()) continue;
+        left = true;
+        WEIGHTD_ASSIGN_OR_RETURN(const bool advanced, lanes[i][current[i]].Advance(on_window));
+        moved = moved || advanced;
+      }
+      if (!left) return absl::OkStatus();
+      if (moved) spin_until = Clock::now() + kSpin;
+      if (!moved && Clock::now() >= spin_until) std::this_thread::sleep_for(kNap);
+    }
   };
   Status status = run();
-  if (!status.ok()) {
-    // Nothing of this step may run on: its mappings are given up when this returns.
-    const Status copied = copy_stream_.Synchronize();
-    const Status drained = stream_.Synchronize();
-    if (!copied.ok()) return copied;
-    return drained.ok() ? status : drained;
-  }
-  WEIGHTD_ASSIGN_OR_RETURN(const std::span<const uint64_t> words, loaded->words.Read());
-  return std::vector<uint64_t>(words.begin(), words.end());
+  if (status.ok()) return status;
+  // Nothing of this step may run on: its mappings are given up when this returns.
+  const Status local = local_.Synchronize();
+  const Status remote = remote_.Synchronize();
+  if (!local.ok()) return Note(local);
+  return Note(remote.ok() ? status : remote);
 }
 
-StatusOr<RankDigests> IpcTransport::RunTarget(const BoundPlan& plan, size_t target,
-                                              RunControl& control, std::string_view phase,
-                                              uint64_t kind, const BuildFn& build) {
-  StepBinder binder(plan, control, phase);
-  binder.SetTarget(target);
-  WEIGHTD_RETURN_IF_ERROR(binder.Check(""));
-  StatusOr<Loaded*> loaded = Find(KeyOf(plan, target, kind), binder, build);
-  if (!loaded.ok()) return binder.Fail(Note(loaded.status()), "");
-  const bool remote = kind == kTransfer && plan.targets[target].remote;
-  StatusOr<std::vector<uint64_t>> words =
-      Run(*loaded, [&] { return RunGroups(*loaded, binder, remote); });
-  if (!words.ok()) return binder.Fail(Note(words.status()), "");
-  RankDigests digests;
-  digests.tensors = binder.tensors();
-  digests.words = *std::move(words);
+StatusOr<std::vector<RankDigests>> IpcTransport::TransferAll(const BoundPlan& plan,
+                                                             std::span<const uint32_t> targets,
+                                                             RunControl& control) {
+  MakeRoom();
+  const bool any_remote = std::any_of(targets.begin(), targets.end(),
+                                      [&](uint32_t t) { return plan.targets[t].remote; });
+  std::deque<StepBinder> binders;  // runs point into it
+  std::vector<LoadedTable*> loaded;
+  std::vector<TableRun> lanes[2];
+  for (uint32_t target : targets) {
+    const bool remote = plan.targets[target].remote;
+    const bool copy_engine = options_.copy_engine == IpcOptions::CopyEngine::kAlways ||
+                             (options_.copy_engine == IpcOptions::CopyEngine::kPeers && remote);
+    StepBinder& binder = binders.emplace_back(plan, control, "transfer");
+    binder.SetTarget(target);
+    WEIGHTD_RETURN_IF_ERROR(binder.Check(""));
+    const StatusOr<LoadedTable*> found =
+        Find(KeyOf(plan, target, kTransfer), binder,
+             [&](const StepBinder& bound) { return BuildTransferTable(plan, bound, copy_engine); });
+    if (!found.ok()) return binder.Fail(Note(found.status()), "");
+    loaded.push_back(*found);
+    const int local_blocks = any_remote ? local_blocks_beside_ : 0;
+    lanes[remote ? 1 : 0].emplace_back(*found, &binder, remote ? &remote_ : &local_,
+                                       remote ? cuda::kRemoteBlocks : local_blocks,
+                                       options_.group_bytes);
+  }
+  WEIGHTD_RETURN_IF_ERROR(Run(lanes, control));
+  std::vector<RankDigests> digests;
+  for (size_t i = 0; i < loaded.size(); ++i) {
+    StatusOr<RankDigests> read = DigestsOf(*loaded[i], binders[i]);
+    if (!read.ok()) return binders[i].Fail(read.status(), "");
+    WEIGHTD_RETURN_IF_ERROR(binders[i].Check(""));
+    digests.push_back(*std::move(read));
+  }
+  MakeRoom();
   return digests;
 }
 
 StatusOr<RankDigests> IpcTransport::Transfer(const BoundPlan& plan, size_t target,
                                              RunControl& control) {
-  const bool copy_engine =
-      options_.copy_engine == IpcOptions::CopyEngine::kAlways ||
-      (options_.copy_engine == IpcOptions::CopyEngine::kPeers && plan.targets[target].remote);
-  return RunTarget(plan, target, control, "transfer", kTransfer, [&](const StepBinder& binder) {
-    return BuildTransferTable(plan, binder, copy_engine);
-  });
+  const auto number = static_cast<uint32_t>(target);
+  WEIGHTD_ASSIGN_OR_RETURN(std::vector<RankDigests> digests,
+                           TransferAll(plan, {&number, 1}, control));
+  return std::move(digests.front());
 }
 
 StatusOr<RankDigests> IpcTransport::Verify(const BoundPlan& plan, size_t target,
                                            RunControl& control) {
-  return RunTarget(plan, target, control, "verify", kVerify, &BuildVerifyTable);
+  StepBinder binder(plan, control, "verify");
+  binder.SetTarget(target);
+  WEIGHTD_RETURN_IF_ERROR(binder.Check(""));
+  MakeRoom();
+  const StatusOr<LoadedTable*> loaded =
+      Find(KeyOf(plan, target, kVerify), binder, &BuildVerifyTable);
+  if (!loaded.ok()) return binder.Fail(Note(loaded.status()), "");
+  std::vector<TableRun> lane;
+  lane.emplace_back(*loaded, &binder, &local_, 0, options_.group_bytes);
+  WEIGHTD_RETURN_IF_ERROR(Run({&lane, 1}, control));
+  StatusOr<RankDigests> digests = DigestsOf(**loaded, binder);
+  if (!digests.ok()) return binder.Fail(digests.status(), "");
+  WEIGHTD_RETURN_IF_ERROR(binder.Check(""));
+  MakeRoom();
+  return digests;
+}
+
+/// Runs a table that is not kept.
+StatusOr<std::vector<uint64_t>> IpcTransport::RunOnce(StepTable step, const StepBinder& binder,
+                                                      RunControl& control) {
+  StatusOr<LoadedTable> loaded = Load(std::move(step));
+  if (!loaded.ok()) return Note(loaded.status());
+  std::vector<TableRun> lane;
+  lane.emplace_back(&*loaded, &binder, &local_, 0, options_.group_bytes);
+  WEIGHTD_RETURN_IF_ERROR(Run({&lane, 1}, control));
+  WEIGHTD_ASSIGN_OR_RETURN(const std::span<const uint64_t> words, loaded->words.Read());
+  return std::vector<uint64_t>(words.begin(), words.end());
 }
 
 Status IpcTransport::CopyParams(const BoundPlan& plan, size_t target, std::span<const Binding> from,
                                 RunControl& control) {
   StepBinder binder(plan, control, "catch_up");
   binder.SetTarget(target);
-  const auto run = [&](StatusOr<StepTable> step) -> StatusOr<std::vector<uint64_t>> {
-    WEIGHTD_RETURN_IF_ERROR(step.status());
-    WEIGHTD_ASSIGN_OR_RETURN(Loaded loaded, Load(*std::move(step)));
-    return Run(&loaded, [&] { return RunGroups(&loaded, binder, false); });
-  };
-  const StatusOr<std::vector<uint64_t>> sent = run(BuildParamCopyTable(binder, from));
-  if (!sent.ok()) return binder.Fail(Note(sent.status()), "");
-  const StatusOr<std::vector<uint64_t>> landed = run(BuildParamTable(binder));
-  if (!landed.ok()) return binder.Fail(Note(landed.status()), "");
+  WEIGHTD_ASSIGN_OR_RETURN(StepTable copies, BuildParamCopyTable(binder, from));
+  const auto sent = RunOnce(std::move(copies), binder, control);
+  if (!sent.ok()) return binder.Fail(sent.status(), "");
+  WEIGHTD_ASSIGN_OR_RETURN(StepTable params, BuildParamTable(binder));
+  const auto landed = RunOnce(std::move(params), binder, control);
+  if (!landed.ok()) return binder.Fail(landed.status(), "");
   const auto [differs, with] = std::mismatch(sent->begin(), sent->end(), landed->begin());
   if (differs == sent->end()) return absl::OkStatus();
   const auto index = static_cast<size_t>(differs - sent->begin());
@@ -242,16 +240,10 @@ StatusOr<uint64_t> IpcTransport::DigestShard(const BoundPlan& plan, uint32_t ran
                                              uint32_t shard, RunControl& control) {
   const StepBinder binder(plan, control, "prepare");
   const std::string& name = (*plan.table)[tensor].name;
-  WEIGHTD_RETURN_IF_ERROR(binder.Check(name));
   WEIGHTD_ASSIGN_OR_RETURN(StepTable step, BuildShardTable(plan, binder, rank, tensor, shard));
-  StatusOr<Loaded> loaded = Load(std::move(step));
-  if (!loaded.ok()) return binder.Fail(Note(loaded.status()), name);
-  StatusOr<std::vector<uint64_t>> words = Run(&*loaded, [&] {
-    return cuda::Launch(loaded->table, 0, loaded->table.num_windows(), loaded->words, local_blocks_,
-                        stream_.ref());
-  });
-  if (!words.ok()) return binder.Fail(Note(words.status()), name);
-  return (*words)[0];
+  const auto words = RunOnce(std::move(step), binder, control);
+  if (!words.ok()) return binder.Fail(words.status(), name);
+  return words->front();
 }
 
 }  // namespace weightd

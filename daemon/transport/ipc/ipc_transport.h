@@ -6,15 +6,13 @@
 #include <functional>
 #include <list>
 #include <memory>
+#include <span>
 #include <string_view>
 #include <vector>
 
 #include "daemon/base/status.h"
-#include "daemon/device/cuda/box_kernels.h"
-#include "daemon/device/cuda/event.h"
 #include "daemon/device/cuda/handles.h"
-#include "daemon/device/cuda/stream.h"
-#include "daemon/transport/ipc/step_table.h"
+#include "daemon/transport/ipc/table_run.h"
 #include "daemon/transport/transport.h"
 
 namespace weightd {
@@ -44,6 +42,11 @@ class IpcTransport final : public Transport {
   std::string_view name() const override { return "ipc"; }
   StatusOr<RankDigests> Transfer(const BoundPlan& plan, size_t target,
                                  RunControl& control) override;
+  /// Engine ranks on this GPU and on peers are written side by side: the link and the memory are
+  /// different resources.
+  StatusOr<std::vector<RankDigests>> TransferAll(const BoundPlan& plan,
+                                                 std::span<const uint32_t> targets,
+                                                 RunControl& control) override;
   StatusOr<RankDigests> Verify(const BoundPlan& plan, size_t target, RunControl& control) override;
   StatusOr<uint64_t> DigestShard(const BoundPlan& plan, uint32_t rank, uint32_t tensor,
                                  uint32_t shard, RunControl& control) override;
@@ -56,38 +59,26 @@ class IpcTransport final : public Transport {
   uint64_t table_bytes() const;
 
  private:
-  /// A table in device memory with its words and windows.
-  struct Loaded {
-    std::vector<uint64_t> key;  ///< plan, target and registrations; empty: not kept
-    cuda::BoxTable table;
-    cuda::DigestWords words;
-    std::vector<StepWindow> windows;
-    std::vector<std::byte*> bases;  ///< of the ranges, for the copy engine
-  };
   using BuildFn = std::function<StatusOr<StepTable>(const StepBinder& binder)>;
 
   IpcTransport(cuda::DeviceId device, const IpcOptions& options)
       : device_(device), options_(options) {}
-  StatusOr<RankDigests> RunTarget(const BoundPlan& plan, size_t target, RunControl& control,
-                                  std::string_view phase, uint64_t kind, const BuildFn& build);
-  StatusOr<Loaded> Load(StepTable step);
-  StatusOr<Loaded*> Find(std::vector<uint64_t> key, const StepBinder& binder, const BuildFn& build);
+  StatusOr<LoadedTable> Load(StepTable step);
+  StatusOr<LoadedTable*> Find(std::vector<uint64_t> key, const StepBinder& binder,
+                              const BuildFn& build);
   void MakeRoom();
-  StatusOr<std::vector<uint64_t>> Run(Loaded* loaded, const std::function<Status()>& launch);
-  Status RunGroups(Loaded* loaded, const StepBinder& binder, bool remote);
-  Status LaunchGroup(Loaded* loaded, uint32_t first, uint32_t end, bool remote);
-  Status Await(const cuda::Event& event);
+  Status Run(std::span<std::vector<TableRun>> lanes, RunControl& control);
+  StatusOr<std::vector<uint64_t>> RunOnce(StepTable step, const StepBinder& binder,
+                                          RunControl& control);
   Status Note(Status status);
 
   const cuda::DeviceId device_;
   const IpcOptions options_;
-  cuda::Stream stream_;
-  cuda::Stream copy_stream_;  ///< of the copy engine; joined to stream_ after every group
-  cuda::Event copied_;
-  cuda::Event events_[2];
-  int local_blocks_ = 0;
+  Lane local_;
+  Lane remote_;                  ///< stores to peers
+  int local_blocks_beside_ = 0;  ///< while the remote lane runs: more would starve it
   bool broken_ = false;
-  std::list<Loaded> tables_;  ///< latest use first
+  std::list<LoadedTable> tables_;  ///< latest use first
 };
 
 }  // namespace weightd

@@ -141,6 +141,34 @@ TEST_CASE("the copy engine lands the same bytes under the same digests", "[gpu]"
   CHECK(*transport->Verify(gpu.plan(), 0, control) == *wanted);
 }
 
+TEST_CASE("engine ranks here and on a peer are written side by side", "[gpu]") {
+  PlanFixture fixture(2);
+  Describe(&fixture);
+  OnGpu here(&fixture);
+  OnGpu there(&fixture);  // a peer's memory, as far as the transport is told
+  BoundPlan plan = here.plan();
+  plan.targets.push_back(there.plan().targets[0]);
+  plan.targets[1].remote = true;
+  const auto transport = MakeTransport({.group_bytes = 1 << 20});
+  uint32_t windows = 0;
+  uint64_t bytes = 0;
+  RunControl control;
+  control.on_window = [&](uint32_t done, uint64_t landed, const std::string&) {
+    CHECK(done == ++windows);
+    CHECK(landed >= bytes);
+    bytes = landed;
+  };
+  const std::vector<uint32_t> targets = {0, 1};
+  const auto sent = transport->TransferAll(plan, targets, control);
+  INFO(Message(sent.status()));
+  REQUIRE(sent.ok());
+  CHECK(windows == 2 * plan.targets[0].plan->windows.size());
+  CHECK(bytes == 2 * plan.targets[0].plan->bytes);
+  CHECK((*sent)[0] == (*sent)[1]);
+  CHECK(here.Params() == fixture.Expected());
+  CHECK(there.Params() == fixture.Expected());
+}
+
 TEST_CASE("a changed element of the engine's memory changes its digest", "[gpu]") {
   PlanFixture fixture(1);
   Describe(&fixture);

@@ -57,6 +57,28 @@ TEST_CASE("a newer group supersedes an older one once it is complete, not before
   CHECK(Reason(model.JoinGroup("older", 1, 1, 0).status()) == reason::kFenced);
 }
 
+TEST_CASE("who left and came back under the same name is told apart from before") {
+  Model model("m", 0);
+  auto group = *model.JoinGroup("g", 1, 1, 0);
+  RegisterAll(model, *group);
+  const uint64_t group_before = group->generation;
+  model.LeaveGroup(group, 0);
+  auto group_again = *model.JoinGroup("g", 1, 1, 0);
+  RegisterAll(model, *group_again);
+  CHECK(group_again != group);
+  CHECK(group_again->generation != group_before);
+
+  const EngineModel one{"LlamaForCausalLM", "vllm-0.32", "{}", "in_place", 1};
+  auto replica = *model.JoinReplica("e0", {}, 1);
+  REQUIRE(model.SetEngine(*replica, one, Rank(0, 1, 0, false)).ok());
+  const uint64_t replica_before = replica->generation;
+  model.LeaveReplica(replica, {0, 0}, absl::OkStatus());
+  auto replica_again = *model.JoinReplica("e0", {}, 1);
+  REQUIRE(model.SetEngine(*replica_again, one, Rank(0, 1, 0, false)).ok());
+  CHECK(replica_again != replica);
+  CHECK(replica_again->generation != replica_before);
+}
+
 TEST_CASE("a rank that left is known as lost until it comes back") {
   Model model("m", 0);
   auto group = *model.JoinGroup("g", 1, 2, 0);

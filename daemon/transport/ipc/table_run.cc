@@ -1,0 +1,82 @@
+#include "daemon/transport/ipc/table_run.h"
+
+#include "daemon/device/cuda/pitched_copy.h"
+
+namespace weightd {
+
+StatusOr<Lane> Lane::Create(cuda::DeviceId device) {
+  Lane lane;
+  lane.device_ = device;
+  WEIGHTD_ASSIGN_OR_RETURN(lane.kernels_, cuda::Stream::Create(device, true));
+  WEIGHTD_ASSIGN_OR_RETURN(lane.copies_, cuda::Stream::Create(device, true));
+  WEIGHTD_ASSIGN_OR_RETURN(lane.copied_, cuda::Event::Create(device));
+  for (cuda::Event& group : lane.groups_) {
+    WEIGHTD_ASSIGN_OR_RETURN(group, cuda::Event::Create(device));
+  }
+  return lane;
+}
+
+Status Lane::Synchronize() const {
+  const Status copied = copies_.Synchronize();
+  const Status done = kernels_.Synchronize();
+  return copied.ok() ? done : copied;
+}
+
+std::string TableRun::NameAt(uint32_t window) const {
+  return window < num_windows() ? binder_->ParamAt(loaded_->windows[window].first) : "";
+}
+
+/// Kernels run on one stream, the copy engine on another, which the first then waits for.
+Status TableRun::LaunchWindows(uint32_t first, uint32_t end) {
+  const cuda::StreamRef stream = lane_->kernels_.ref();
+  bool copies = false;
+  for (uint32_t w = first; w < end; ++w) {
+    for (const EngineCopy& copy : loaded_->windows[w].copies) {
+      copies = true;
+      WEIGHTD_RETURN_IF_ERROR(cuda::CopyPitched(
+          copy.shape, loaded_->bases[copy.from_range] + copy.from_offset,
+          loaded_->bases[copy.to_range] + copy.to_offset, lane_->device_, lane_->copies_.ref()));
+    }
+  }
+  WEIGHTD_RETURN_IF_ERROR(
+      cuda::Launch(loaded_->table, first, end, loaded_->words, blocks_, stream));
+  if (!copies) return absl::OkStatus();
+  WEIGHTD_RETURN_IF_ERROR(lane_->copied_.Record(lane_->copies_.ref()));
+  return lane_->kernels_.Wait(lane_->copied_.ref());
+}
+
+Status TableRun::LaunchGroup() {
+  const cuda::StreamRef stream = lane_->kernels_.ref();
+  WEIGHTD_RETURN_IF_ERROR(binder_->Check(NameAt(launched_)));
+  if (begun_ == 0) WEIGHTD_RETURN_IF_ERROR(loaded_->words.Clear(stream));
+  const uint32_t first = launched_;
+  uint64_t bytes = 0;
+  while (launched_ < num_windows() && (bytes == 0 || bytes < group_bytes_)) {
+    bytes += loaded_->windows[launched_++].bytes;
+  }
+  WEIGHTD_RETURN_IF_ERROR(LaunchWindows(first, launched_));
+  if (launched_ == num_windows()) WEIGHTD_RETURN_IF_ERROR(loaded_->words.Fetch(stream));
+  WEIGHTD_RETURN_IF_ERROR(lane_->groups_[begun_ % 2].Record(stream));
+  group_end_[begun_++ % 2] = launched_;
+  return absl::OkStatus();
+}
+
+StatusOr<bool> TableRun::Advance(const WindowFn& on_window) {
+  bool moved = false;
+  const bool more = begun_ == 0 || launched_ < num_windows();
+  if (more && begun_ - ended_ < 2) {
+    WEIGHTD_RETURN_IF_ERROR(LaunchGroup());
+    moved = true;
+  }
+  if (ended_ == begun_) return moved;
+  WEIGHTD_ASSIGN_OR_RETURN(const bool done, lane_->groups_[ended_ % 2].Done());
+  if (!done) return moved;
+  const uint32_t end = group_end_[ended_++ % 2];
+  while (reported_ < end) {
+    const uint64_t bytes = loaded_->windows[reported_++].bytes;
+    on_window(bytes, NameAt(reported_));
+  }
+  return true;
+}
+
+}  // namespace weightd
