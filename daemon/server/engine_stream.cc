@@ -8,6 +8,9 @@
 namespace weightd {
 namespace {
 
+// Most blocks of one rank's trace; more than any layout needs that is not scattered.
+constexpr size_t kMaxTracedWrites = size_t{1} << 22;
+
 class EngineStream;
 
 class Port : public EnginePort {
@@ -126,6 +129,12 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
       WEIGHTD_ASSIGN_OR_RETURN(Write write, FromProto(spec));
       traced_writes_.push_back(write);
     }
+    if (traced_writes_.size() > kMaxTracedWrites) {
+      traced_writes_.clear();
+      return Error(StatusCode::kResourceExhausted, reason::kMessageTooLarge,
+                   "write a rule file for this model", "a trace has more than {} writes",
+                   kMaxTracedWrites);
+    }
     return absl::OkStatus();
   }
 
@@ -163,10 +172,10 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     model.config_json = request.config_json();
     model.commit_mode = request.commit_mode();
     model.num_ranks = num_ranks_;
-    model.traced = request.prefer_trace();
-    WEIGHTD_ASSIGN_OR_RETURN(const WorkerEndpoint endpoint,
-                             context_.coordinator.RegisterEngine(
-                                 *session_, std::move(model), std::move(params), std::move(trace)));
+    WEIGHTD_ASSIGN_OR_RETURN(
+        const WorkerEndpoint endpoint,
+        context_.coordinator.RegisterEngine(*session_, std::move(model), std::move(params),
+                                            std::move(trace), request.prefer_trace()));
     v1::EngineEvent event;
     *event.mutable_registered()->mutable_worker() = ToProto(endpoint);
     Send(std::move(event));

@@ -120,12 +120,12 @@ class Coordinator {
   // ---- engine ranks
   StatusOr<std::shared_ptr<EngineSession>> JoinEngine(const EngineIdentity& identity,
                                                       std::shared_ptr<EnginePort> port);
-  /// `trace` may be null. A rule file that describes the model wins over it unless model.traced,
-  /// which then says that the trace is wanted anyway. \error UNKNOWN_ARCHITECTURE,
-  /// UNKNOWN_PROFILE, CONFIG, DUPLICATE_TENSOR
+  /// `trace` may be null. A rule file that describes the model wins over it unless `prefer_trace`.
+  /// \error UNKNOWN_ARCHITECTURE, UNKNOWN_PROFILE, CONFIG, DUPLICATE_TENSOR
   StatusOr<WorkerEndpoint> RegisterEngine(EngineSession& session, EngineModel model,
                                           std::vector<ParamInfo> params,
-                                          std::shared_ptr<const TracedLayout> trace);
+                                          std::shared_ptr<const TracedLayout> trace,
+                                          bool prefer_trace);
   void Quiesced(EngineSession& session, AttemptId attempt, const Status& status);
   void Committed(EngineSession& session, AttemptId attempt, const Status& status,
                  std::vector<std::string> caches_reset);

@@ -165,11 +165,14 @@ StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIde
 
 StatusOr<WorkerEndpoint> Coordinator::RegisterEngine(EngineSession& session, EngineModel model,
                                                      std::vector<ParamInfo> params,
-                                                     std::shared_ptr<const TracedLayout> trace) {
-  const Status found = loaders_->Find(model.architecture, model.profile).status();
-  if (trace == nullptr) WEIGHTD_RETURN_IF_ERROR(found);
-  model.traced = trace != nullptr && (model.traced || !found.ok());
-  if (!model.traced) trace = nullptr;
+                                                     std::shared_ptr<const TracedLayout> trace,
+                                                     bool prefer_trace) {
+  const auto loader = loaders_->Find(model.architecture, model.profile);
+  model.traced = trace != nullptr && (prefer_trace || !loader.ok());
+  if (!model.traced) {
+    WEIGHTD_RETURN_IF_ERROR(loader.status());
+    trace = nullptr;
+  }
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(params, "parameter"));
   if (!model.commit_mode.empty() && model.commit_mode != "in_place") {
     return Error(StatusCode::kInvalidArgument, reason::kConfig, "use commit_mode \"in_place\"",
@@ -198,6 +201,7 @@ StatusOr<WorkerEndpoint> Coordinator::RegisterEngine(EngineSession& session, Eng
     rank->dirty = identity.dirty;
     WEIGHTD_RETURN_IF_ERROR(
         session.room->model.SetEngine(*session.replica, model, std::move(rank)));
+    session.replica->loader = model.traced ? kTracedOrigin : (*loader)->origin();
     Observe(*session.room, *session.replica);
     const bool catches_up = MaybeCatchUp(*session.room, session.replica);
     if (!catches_up && session.replica->complete()) TellIdle(ViewOf(session.replica));
