@@ -224,7 +224,9 @@ def _restore(before: list[tuple[str, dict, dict]]) -> str:
     return first
 
 
-def _layout(recorder: Recorder, pairs: Sequence[tuple[str, torch.Tensor]], fed: list) -> TracedLayout:
+def _layout(
+    recorder: Recorder, pairs: Sequence[tuple[str, torch.Tensor]], fed: list
+) -> TracedLayout:
     """Turns what the recorder saw into a layout, or says what it cannot be."""
     writes: list[TracedWrite] = []
     used: set[int] = set()
