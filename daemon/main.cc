@@ -3,6 +3,7 @@
 #include <systemd/sd-daemon.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "daemon/base/log.h"
 #include "daemon/base/version.h"
 #include "daemon/server/server.h"
+#include "daemon/worker/gpu_list.h"
 #include "daemon/worker/worker_main.h"
 
 namespace {
@@ -30,6 +32,22 @@ sigset_t BlockSignals() {
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   ::signal(SIGPIPE, SIG_IGN);
   return signals;
+}
+
+/// Puts the UUIDs of all GPUs in the place of "gpu".
+weightd::Status NameGpus(std::vector<std::string>* devices) {
+  const auto all = std::find(devices->begin(), devices->end(), weightd::kAllGpus);
+  if (all == devices->end()) return absl::OkStatus();
+  WEIGHTD_ASSIGN_OR_RETURN(const std::vector<std::string> gpus, weightd::AskForGpus());
+  const auto place = devices->erase(all);
+  devices->insert(place, gpus.begin(), gpus.end());
+  // One that was named as well is served once.
+  std::vector<std::string> once;
+  for (const std::string& device : *devices) {
+    if (std::find(once.begin(), once.end(), device) == once.end()) once.push_back(device);
+  }
+  *devices = std::move(once);
+  return absl::OkStatus();
 }
 
 int Serve(const weightd::Config& config) {
@@ -60,14 +78,16 @@ int main(int argc, char** argv) {
   app.add_flag("--check-config", check, "check the configuration and exit (0 = fine, 1 = not)");
   app.set_version_flag("--version", std::string("weightd ") + weightd::kVersion);
   weightd::WorkerOptions worker;
-  bool is_worker = false;
+  bool is_worker = false, list_gpus = false;
   CLI::App* internal = app.add_option_group("internal", "");
   internal->group("");
   internal->add_flag("--worker", is_worker, "run as the worker of a daemon");
+  internal->add_flag("--list-gpus", list_gpus, "");
   internal->add_option("--device", worker.device, "");
   internal->add_option("--daemon", worker.daemon, "");
   internal->add_option("--socket", worker.socket_path, "");
   internal->add_option("--threads", worker.num_threads, "");
+  internal->add_option("--attach-deadline-ms", worker.attach_deadline_ms, "");
   internal->add_option("--log-level", worker.log_level, "");
   internal->add_option("--log-format", worker.log_format, "");
   internal->add_flag("!--no-peer-check", worker.check_peer, "");
@@ -78,8 +98,11 @@ int main(int argc, char** argv) {
     if (const char* token = std::getenv("WEIGHTD_WORKER_TOKEN")) worker.token = token;
     return weightd::RunWorker(worker);
   }
-  const weightd::StatusOr<weightd::Config> config = weightd::LoadConfig(sources);
+  if (list_gpus) return weightd::PrintGpus();
+  weightd::StatusOr<weightd::Config> config = weightd::LoadConfig(sources);
   if (!config.ok()) return Fail(config.status());
+  const weightd::Status named = NameGpus(&config->worker.devices);
+  if (!named.ok()) return Fail(named);
   if (check) {
     if (const weightd::Status status = weightd::CheckEnvironment(*config); !status.ok()) {
       return Fail(status);

@@ -121,4 +121,29 @@ StatusOr<std::shared_ptr<const Loader>> LoaderRegistry::Find(std::string_view ar
       fmt::join(NearestNames(architecture, known, 3), ", "), fmt::join(known, ", "));
 }
 
+Status LoaderRegistry::CheckProfile(std::string_view architecture, std::string_view profile,
+                                    std::span<const ParamInfo> reported) const {
+  WEIGHTD_ASSIGN_OR_RETURN(const auto loader, Find(architecture, profile));
+  const ParamInfo* foreign = loader->FindForeign(reported);
+  if (foreign == nullptr) return absl::OkStatus();
+  std::set<std::string> fitting;
+  for (const auto& other : loaders_) {
+    const std::vector<std::string>& own = other->architectures();
+    if (std::find(own.begin(), own.end(), architecture) == own.end()) continue;
+    if (MatchProfile(profile, other->profiles())) continue;
+    if (other->FindForeign(reported) != nullptr) continue;
+    fitting.insert(other->profiles().begin(), other->profiles().end());
+  }
+  // Names that fit nowhere are told in full when a trainer's tensors are known.
+  if (fitting.empty()) return absl::OkStatus();
+  const std::string fit = fmt::format("{}", fmt::join(fitting, ", "));
+  return WithTensor(
+      Error(StatusCode::kInvalidArgument, reason::kUnknownProfile,
+            fmt::format("report engine profile {} instead", fit),
+            "the engine's parameter names do not fit the profile that it reports: {} {} does not "
+            "know {}; they fit {}",
+            architecture, profile, foreign->name, fit),
+      foreign->name);
+}
+
 }  // namespace weightd

@@ -6,6 +6,7 @@
 
 #include "client/ctl/commands.h"
 #include "client/ctl/layout_commands.h"
+#include "client/ctl/push.h"
 
 namespace weightd::ctl {
 namespace {
@@ -15,6 +16,7 @@ struct CommandLine {
   GlobalOptions global;
   WatchOptions watch;
   PlanOptions plan;
+  PushOptions push;
   std::string model;
   std::string engine;
   std::string case_file;
@@ -121,6 +123,18 @@ void AddLoaderCommands(CLI::App* app, CommandLine* line) {
                     "compare with this trace of the engine's own loader, element by element");
 }
 
+void AddPushCommand(CLI::App* app, CommandLine* line) {
+  CLI::App* push = AddCommand(app, line, "push", "a Hugging Face checkpoint directory into engines",
+                              [](const CommandLine& l) { return RunPush(l.global, l.push); });
+  push->add_option("DIR", line->push.directory, "directory with config.json and safetensors files")
+      ->required();
+  push->add_option("--model", line->push.model, "the model's key; needed if there are several");
+  push->add_option("--version", line->push.version, "version to publish [highest known + 1]")
+      ->check(CLI::PositiveNumber.description(""));
+  push->add_flag("--take-over", line->push.take_over,
+                 "push although a trainer is registered; fences the trainer");
+}
+
 // True if the command line asks for JSON, also when it cannot be parsed.
 bool WantsJson(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
@@ -146,6 +160,7 @@ int Main(int argc, char** argv) {
   app.fallthrough();
   AddGlobals(&app, &line);
   AddStatusCommands(&app, &line);
+  AddPushCommand(&app, &line);
   AddPlanCommands(&app, &line);
   AddLoaderCommands(&app, &line);
   try {

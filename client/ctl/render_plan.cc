@@ -32,8 +32,12 @@ std::string Hex(const std::string& bytes) {
 std::string RenderPairs(const v1::GetPlanResponse& plan, const TextStyle& style) {
   Table table({{"FROM"}, {"TO"}, {"PATH"}, {"BOXES", true}, {"BYTES", true}, {"REASON"}});
   for (const auto& pair : plan.pairs()) {
+    std::string reason = pair.reason();
+    if (pair.source_device() != pair.target_device()) {
+      reason += fmt::format(" ({} to {})", pair.source_device(), pair.target_device());
+    }
     table.AddRow({pair.source(), pair.target(), pair.path(), HumanCount(pair.boxes()),
-                  HumanBytes(pair.bytes()), pair.reason()});
+                  HumanBytes(pair.bytes()), Printable(reason)});
   }
   return table.empty() ? "" : "\n" + table.Render(style);
 }

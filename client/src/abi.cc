@@ -9,6 +9,7 @@
 #include "client/include/weightd/weightd.h"
 #include "client/src/actor_client.h"
 #include "client/src/engine_client.h"
+#include "client/src/fork_guard.h"
 #include "daemon/base/version.h"
 
 struct weightd_error {
@@ -39,7 +40,7 @@ weightd_error* ToError(const Status& status, std::string result_json = "") {
 
 Status Forked() {
   return Error(
-      StatusCode::kFailedPrecondition, reason::kInternal,
+      StatusCode::kFailedPrecondition, reason::kForked,
       "use it in the process that made it; start processes that need their own by spawn or exec",
       "object was made before fork() and belongs to the parent process");
 }
@@ -72,13 +73,15 @@ StatusOr<std::unique_ptr<ActorClient>> OpenActor(const weightd_actor_options& op
   if (Text(options.group).empty()) return Missing("group");
   if (options.world_size < 1) return Missing("world_size");
   if (options.rank < 0 || options.rank >= options.world_size) return Missing("rank");
+  WEIGHTD_RETURN_IF_ERROR(EnterRuntime());
   auto session = std::make_unique<ActorClient>(
       std::move(settings),
       ActorClient::Identity{.model = options.model,
                             .group = options.group,
                             .group_order = options.group_order,
                             .rank = static_cast<uint32_t>(options.rank),
-                            .world_size = static_cast<uint32_t>(options.world_size)});
+                            .world_size = static_cast<uint32_t>(options.world_size),
+                            .device = Text(options.device)});
   const Status opened = session->Open();
   if (opened.ok()) return session;
   session->Close();
@@ -106,6 +109,7 @@ StatusOr<std::unique_ptr<EngineClient>> OpenEngine(const weightd_engine_options&
   if (!below(coordinates.ep_rank, coordinates.ep_size)) return Missing("ep_rank, ep_size");
   if (coordinates.dp_rank < 0) return Missing("dp_rank");
   const std::string mode = Text(options.commit_mode);
+  WEIGHTD_RETURN_IF_ERROR(EnterRuntime());
   auto session = std::make_unique<EngineClient>(
       std::move(settings), EngineClient::Identity{.model = options.model,
                                                   .engine = options.engine,
@@ -114,7 +118,8 @@ StatusOr<std::unique_ptr<EngineClient>> OpenEngine(const weightd_engine_options&
                                                   .profile = Text(options.profile),
                                                   .config_json = Text(options.config_json),
                                                   .commit_mode = mode.empty() ? "in_place" : mode,
-                                                  .auto_quiesce = options.auto_quiesce != 0});
+                                                  .auto_quiesce = options.auto_quiesce != 0,
+                                                  .device = Text(options.device)});
   const Status opened = session->Open();
   if (opened.ok()) return session;
   session->Close();

@@ -52,6 +52,8 @@ std::string ActorClient::rank_label() const { return fmt::format("actor {}", ide
 Status ActorClient::Register(std::span<const weightd_tensor> tensors) {
   auto read = ReadTensors(tensors);
   if (!read.ok()) return WithRank(read.status(), rank_label());
+  const Status fenced = PrepareFence(&*read);
+  if (!fenced.ok()) return WithRank(fenced, rank_label());
   auto registration = std::make_shared<const ActorRegistration>(*std::move(read));
   {
     const std::lock_guard lock(mutex_);
@@ -67,6 +69,18 @@ Status ActorClient::Register(std::span<const weightd_tensor> tensors) {
   });
 }
 
+/// Makes the event that stands for the trainer's GPU work, if the memory is a GPU's.
+Status ActorClient::PrepareFence(ActorRegistration* registration) {
+  const CudaSegmentSet& cuda = registration->segments.cuda();
+  if (cuda.empty()) return absl::OkStatus();
+  // Kept as long as it fits: a refused registration leaves the one before, and its event, in force.
+  if (!fence_.valid() || fence_.device() != cuda.ordinal()) {
+    WEIGHTD_ASSIGN_OR_RETURN(fence_, CudaFence::Create(cuda.ordinal()));
+  }
+  registration->event = fence_.handle();
+  return absl::OkStatus();
+}
+
 Status ActorClient::SyncBegin(const weightd_sync_options& options) {
   std::unique_lock lock(mutex_);
   if (!view_.fatal.ok()) return view_.fatal;
@@ -80,6 +94,10 @@ Status ActorClient::SyncBegin(const weightd_sync_options& options) {
   }
   WEIGHTD_ASSIGN_OR_RETURN(std::vector<StagedShard> staged,
                            ReadStaged({options.staged, options.num_staged}, *registration_));
+  const CudaSegmentSet& cuda = registration_->segments.cuda();
+  if (!cuda.empty()) {
+    WEIGHTD_RETURN_IF_ERROR(fence_.Record(static_cast<CUstream_st*>(options.cuda_stream)));
+  }
   v1::ActorSync message;
   message.set_version(options.version);
   message.set_require_replicas(options.require_replicas);
@@ -92,6 +110,10 @@ Status ActorClient::SyncBegin(const weightd_sync_options& options) {
                            .tensor = Text(options.refuse_tensor),
                            .rank = rank_label(),
                            .remedy = Text(options.refuse_remedy)}));
+  }
+  const Status alive = cuda.CheckAlive();
+  if (!alive.ok() && !message.has_refused()) {
+    *message.mutable_refused() = ToProto(WithRank(alive, rank_label()));
   }
   sync_state_ = SyncState::kRunning;
   phase_ = "admit";
@@ -208,12 +230,14 @@ std::vector<ActorClient::Request> ActorClient::Registration() {
   last->set_table_digest(digest.data(), digest.size());
   last->set_num_tensors(static_cast<uint32_t>(registration_->table.size()));
   last->set_staged(registration_->staged);
+  const std::string& gpu = registration_->segments.cuda().device();
+  last->set_device(gpu.empty() ? identity_.device : gpu);
   return requests;
 }
 
 std::shared_ptr<const MemoryOffer> ActorClient::Offer() {
   auto offer = std::make_shared<MemoryOffer>();
-  offer->segments = SegmentFrames(registration_->segments);
+  offer->segments = SegmentFrames(registration_->segments, registration_->event);
   offer->bindings = ActorBindings(*registration_);
   offer->wants_ring = registration_->staged;
   offer->fill = [staged = staged_](const v1::RingFill& fill, std::span<std::byte> slot) {

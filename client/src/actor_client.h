@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "client/include/weightd/weightd.h"
+#include "client/src/cuda_fence.h"
 #include "client/src/registration.h"
 #include "client/src/session.h"
 #include "client/src/staged_memory.h"
@@ -37,6 +38,7 @@ class ActorClient final : public Session<ActorProtocol> {
     uint64_t group_order = 0;
     uint32_t rank = 0;
     uint32_t world_size = 1;
+    std::string device;  ///< of the memory; empty = "host"
   };
 
   ActorClient(SessionSettings settings, Identity identity);
@@ -68,12 +70,14 @@ class ActorClient final : public Session<ActorProtocol> {
   void HandleRegistered() override {}
   Clock::time_point HandleTime() override;
 
+  Status PrepareFence(ActorRegistration* registration);
   void SendTable();
   void StartSync(v1::ActorSync message, const std::vector<StagedShard>& staged);
   void EndSync(Status status, std::string result_json);
   std::string rank_label() const;
 
   const Identity identity_;
+  CudaFence fence_;  // the caller's own: set by Register, recorded by SyncBegin
 
   // The session thread's own.
   std::optional<Running> sync_;

@@ -134,6 +134,8 @@ std::vector<EngineClient::Request> EngineClient::Registration() {
   last->set_config_json(identity_.config_json);
   last->set_num_params(static_cast<uint32_t>(registration_->params.size()));
   last->set_commit_mode(identity_.commit_mode);
+  const std::string& gpu = registration_->segments.cuda().device();
+  last->set_device(gpu.empty() ? identity_.device : gpu);
   return requests;
 }
 
@@ -159,7 +161,8 @@ void EngineClient::HandleEvent(const v1::EngineEvent& event) {
 }
 
 void EngineClient::OnPrepare(const v1::EnginePrepare& prepare) {
-  Status accepted;
+  Status accepted = registration_->segments.cuda().CheckAlive();
+  if (!accepted.ok()) return SendQuiesced(prepare.attempt(), accepted);
   Publish([&](View&) {
     accepted = truth_.Prepare(prepare);
     if (accepted.ok() && identity_.auto_quiesce) accepted = truth_.Quiesced();

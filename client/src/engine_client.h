@@ -33,6 +33,7 @@ class EngineClient final : public Session<EngineProtocol> {
     std::string config_json;
     std::string commit_mode;
     bool auto_quiesce = false;
+    std::string device;  ///< of the memory; empty = "host"
   };
 
   EngineClient(SessionSettings settings, Identity identity);

@@ -87,6 +87,8 @@ void EngineTruth::Outcome(const v1::EngineOutcome& outcome) {
   running_ = false;
   pending_ = Pending::kNothing;
   if (outcome.untouched()) Untouched();
+  // This rank may have taken the version that another rank of the replica then failed to take.
+  if (outcome.state() == v1::ENGINE_STATE_POISONED) dirty_ = true;
   state_ = outcome.state() == v1::ENGINE_STATE_UNSPECIFIED ? resting_state() : outcome.state();
   error_ = FromProto(outcome.error());
 }

@@ -13,8 +13,9 @@ namespace weightd {
 /// What the daemon waits for.
 enum class Pending { kNothing, kPrepare, kCommit };
 
-/// (version, attempt, dirty) of one engine rank. dirty is set before its memory may be written and
-/// cleared only by a commit or by the daemon's word that no byte was written.
+/// (version, attempt, dirty) of one engine rank. dirty is set before its memory may be written, or
+/// when its replica is poisoned, and cleared only by a commit or by the daemon's word that no byte
+/// was written.
 /// Thread safety: none; the owner serialises.
 class EngineTruth {
  public:

@@ -55,6 +55,18 @@ ForkSlot* TakeSlot() {
 
 }  // namespace
 
+Status EnterRuntime() {
+  static std::atomic<pid_t> owner{0};
+  pid_t seen = 0;
+  const pid_t self = ::getpid();
+  if (owner.compare_exchange_strong(seen, self) || seen == self) return absl::OkStatus();
+  return Error(StatusCode::kFailedPrecondition, reason::kForked,
+               "start this process with multiprocessing's spawn or forkserver method, or fork it "
+               "before the parent makes its first Actor or EngineRank",
+               "process was forked from one that had used weightd already: pid={} parent={}", self,
+               seen);
+}
+
 ForkTicket::ForkTicket(int fd) {
   struct stat file;
   if (::fstat(fd, &file) != 0) return;

@@ -4,7 +4,15 @@
 
 #include <sys/types.h>
 
+#include "daemon/base/status.h"
+
 namespace weightd {
+
+/// Call before this process's first use of gRPC. gRPC's threads do not survive a fork, not even
+/// when all its channels were closed before, so a child of a process that has used it cannot.
+/// Thread safety: any thread.
+/// \error FAILED_PRECONDITION FORKED in a process that was forked from one that has entered
+Status EnterRuntime();
 
 struct ForkSlot;
 

@@ -135,17 +135,65 @@ std::vector<v1::BindMemory> EngineBindings(const EngineRegistration& registratio
   return pager.TakeLast();
 }
 
-std::vector<SegmentFrame> SegmentFrames(const SegmentSet& segments) {
-  std::vector<SegmentFrame> frames;
+namespace {
+
+/// Adds segments and descriptors to frames, a new one when the last is full.
+class FrameList {
+ public:
+  v1::Segment* AddSegment(uint32_t id, uint64_t size_bytes) {
+    if (frames_.empty() || frames_.back().fds.size() == kMaxFrameFds ||
+        frames_.back().offer.segments_size() == kMaxFrameSegments) {
+      frames_.emplace_back();
+    }
+    v1::Segment* segment = frames_.back().offer.add_segments();
+    segment->set_id(id);
+    segment->set_size_bytes(size_bytes);
+    return segment;
+  }
+  bool full() const { return frames_.back().fds.size() == kMaxFrameFds; }
+  void AddFd(int fd) { frames_.back().fds.push_back(fd); }
+  std::vector<SegmentFrame> Take() { return std::move(frames_); }
+
+ private:
+  static constexpr int kMaxFrameSegments = 4096;  // about half a megabyte
+  std::vector<SegmentFrame> frames_;
+};
+
+void AddCudaSegment(const CudaSegment& segment, uint32_t id, FrameList* frames) {
+  const bool whole = segment.pieces.empty();
+  const auto begin = [&] {
+    v1::Segment* entry = frames->AddSegment(id, segment.size_bytes);
+    entry->set_kind(whole ? v1::SEGMENT_KIND_CUDA_IPC : v1::SEGMENT_KIND_CUDA_VMM);
+    entry->set_device(segment.device);
+    return entry;
+  };
+  v1::Segment* entry = begin();
+  if (whole) {
+    entry->set_ipc_handle(segment.handle.bytes.data(), segment.handle.bytes.size());
+    entry->set_allocation(segment.allocation);
+  }
+  for (const CudaPiece& piece : segment.pieces) {
+    if (frames->full()) entry = begin();
+    entry->add_piece_bytes(piece.size_bytes);
+    frames->AddFd(piece.fd.get());
+  }
+}
+
+}  // namespace
+
+std::vector<SegmentFrame> SegmentFrames(const SegmentSet& segments, const std::string& event) {
+  FrameList frames;
   uint32_t id = 0;
   for (const Segment& segment : segments.segments()) {
-    if (frames.empty() || frames.back().fds.size() == kMaxFrameFds) frames.emplace_back();
-    v1::Segment* entry = frames.back().offer.add_segments();
-    entry->set_id(id++);
-    entry->set_size_bytes(segment.size_bytes);
-    frames.back().fds.push_back(segment.fd.get());
+    frames.AddSegment(id++, segment.size_bytes)->set_kind(v1::SEGMENT_KIND_SHARED_MEMORY);
+    frames.AddFd(segment.fd.get());
   }
-  return frames;
+  for (const CudaSegment& segment : segments.cuda().segments()) {
+    AddCudaSegment(segment, id++, &frames);
+  }
+  std::vector<SegmentFrame> list = frames.Take();
+  if (!list.empty()) list.front().offer.set_event(event);
+  return list;
 }
 
 }  // namespace weightd

@@ -30,11 +30,12 @@ std::vector<v1::BindMemory> ActorBindings(const ActorRegistration& registration)
 /// Where the parameters of an engine lie: one binding per parameter that is lent.
 std::vector<v1::BindMemory> EngineBindings(const EngineRegistration& registration);
 
-/// The shared memory objects, in frames of at most kMaxFrameFds, each with its descriptors.
+/// The lent memory, in frames of at most kMaxFrameFds descriptors, each with its own. `event` goes
+/// with the first; see OfferSegments.
 struct SegmentFrame {
   v1::OfferSegments offer;
   std::vector<int> fds;  ///< belong to the SegmentSet
 };
-std::vector<SegmentFrame> SegmentFrames(const SegmentSet& segments);
+std::vector<SegmentFrame> SegmentFrames(const SegmentSet& segments, const std::string& event = "");
 
 }  // namespace weightd

@@ -75,11 +75,18 @@ StatusOr<Placement> Place(const weightd_memory& memory, const Dims& extent, DTyp
   placement.strides = Read(memory.strides, extent.size());
   placement.address = static_cast<const std::byte*>(memory.address);
   placement.offset_bytes = memory.offset_bytes;
+  placement.cuda = memory.space == WEIGHTD_SPACE_CUDA;
   if (memory.fd < 0 && placement.address == nullptr) return placement;  // given at sync time
   const auto span = SpanBytes(extent, placement.strides, SizeBytes(dtype));
   if (!span.has_value()) {
     return Refuse(reason::kShape, "register tensors whose strides are not negative", name,
                   fmt::format("strides cannot be used: strides={}", ToString(placement.strides)));
+  }
+  if (placement.cuda) {
+    const Status added = segments->cuda().Add(placement.address, *span);
+    if (!added.ok()) return WithTensor(added, name);
+    placement.segment = 0;  // numbered by PlaceCuda
+    return placement;
   }
   if (memory.fd < 0) return placement;
   auto segment = segments->Add(memory.fd);
@@ -93,6 +100,25 @@ StatusOr<Placement> Place(const weightd_memory& memory, const Dims& extent, DTyp
   }
   placement.segment = *segment;
   return placement;
+}
+
+/// Gives blocks in GPU memory their segments, once all of them are known.
+/// \error INVALID_ARGUMENT DEVICE if the rank lends memory of the host as well
+Status PlaceCuda(SegmentSet* segments, std::vector<Placement>* memory) {
+  if (segments->cuda().empty()) return absl::OkStatus();
+  if (segments->first_cuda() > 0) {
+    return Error(
+        StatusCode::kInvalidArgument, reason::kDevice, "keep all tensors of one rank on one device",
+        "rank has tensors in host memory and on a GPU: device={}", segments->cuda().device());
+  }
+  segments->cuda().Seal();
+  for (Placement& placement : *memory) {
+    if (!placement.cuda || !placement.segment.has_value()) continue;
+    const CudaSegmentSet::Place place = segments->cuda().Find(placement.address);
+    placement.segment = segments->first_cuda() + place.segment;
+    placement.offset_bytes = place.offset_bytes;
+  }
+  return absl::OkStatus();
 }
 
 /// Reads the boxes of one tensor and where they lie.
@@ -169,6 +195,7 @@ StatusOr<ActorRegistration> ReadTensors(std::span<const weightd_tensor> tensors)
   }
   out.shards.first.push_back(static_cast<uint32_t>(out.memory.size()));
   out.caller_first.push_back(static_cast<uint32_t>(out.caller_shard.size()));
+  WEIGHTD_RETURN_IF_ERROR(PlaceCuda(&out.segments, &out.memory));
   return out;
 }
 
@@ -196,7 +223,7 @@ StatusOr<EngineRegistration> ReadParams(std::span<const weightd_param> params) {
     Placement placement;
     const bool written = info.kind != ParamKind::kOpaque && info.alias_of.empty();
     if (written && NumElements(info.shape) > 0) {
-      if (param.memory.fd < 0) {
+      if (param.memory.fd < 0 && param.memory.space != WEIGHTD_SPACE_CUDA) {
         return Refuse(reason::kSharedMemory,
                       "move the parameter into shared memory before it is registered", info.name,
                       "parameter is not in shared memory");
@@ -219,6 +246,7 @@ StatusOr<EngineRegistration> ReadParams(std::span<const weightd_param> params) {
                     fmt::format("alias_of names no parameter: {}", param.alias_of));
     }
   }
+  WEIGHTD_RETURN_IF_ERROR(PlaceCuda(&out.segments, &out.memory));
   return out;
 }
 

@@ -24,6 +24,7 @@ struct Placement {
   uint64_t offset_bytes = 0;           ///< of the first element in the segment
   const std::byte* address = nullptr;  ///< in this process; nullptr: given at sync time
   Dims strides;                        ///< in elements
+  bool cuda = false;                   ///< `address` is GPU memory
 };
 
 /// The shards of one trainer rank. Empty boxes are left out of `shards`.
@@ -33,6 +34,7 @@ struct ActorRegistration {
   RankShards shards;
   std::vector<Placement> memory;
   SegmentSet segments;
+  std::string event;    ///< GPU memory: what the worker waits for before it reads; see CudaFence
   bool staged = false;  ///< some shard is not lent
 
   /// For the caller's (tensor, shard): its position in `memory`; -1 if its box is empty.

@@ -1,4 +1,4 @@
-// The shared memory objects that a client lends, each once.
+// The memory that a client lends, each object once: shared memory of the host, or GPU allocations.
 #pragma once
 
 #include <sys/types.h>
@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "client/src/cuda_segments.h"
 #include "client/src/fork_guard.h"
 #include "daemon/base/scoped_fd.h"
 #include "daemon/base/status.h"
@@ -21,8 +22,9 @@ struct Segment {
   ForkTicket ticket;
 };
 
-/// Distinct shared memory objects, numbered in the order in which they came. Objects are told apart
-/// by device and inode, so that many descriptors of one object count once.
+/// Distinct shared memory objects, numbered in the order in which they came, and the GPU segments
+/// after them. Objects are told apart by device and inode, so that many descriptors of one object
+/// count once.
 class SegmentSet {
  public:
   /// Position of the object behind `fd`, which is duplicated when it is new.
@@ -31,10 +33,15 @@ class SegmentSet {
   StatusOr<uint32_t> Add(int fd);
 
   const std::vector<Segment>& segments() const { return segments_; }
+  CudaSegmentSet& cuda() { return cuda_; }
+  const CudaSegmentSet& cuda() const { return cuda_; }
+  /// Number of the first GPU segment.
+  uint32_t first_cuda() const { return static_cast<uint32_t>(segments_.size()); }
 
  private:
   std::vector<Segment> segments_;
   std::map<std::pair<dev_t, ino_t>, uint32_t> by_file_;
+  CudaSegmentSet cuda_;
 };
 
 /// Raises the soft limit of open files, if need be, so that `count` more fit beside those that are

@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "client/src/control_stream.h"
-#include "client/src/data_link.h"
 #include "client/src/dial.h"
 #include "client/src/event_loop.h"
+#include "client/src/link_set.h"
 #include "daemon/base/clock.h"
 #include "daemon/base/status.h"
 #include "daemon/base/version.h"
@@ -36,7 +36,7 @@ struct SessionSettings {
 };
 
 /// `Protocol` names the gRPC service and its two messages. Life of a session: dial, hello, welcome,
-/// register (pages, `registered`), attach to the worker, serve events. Whatever breaks, it goes
+/// register (pages, `registered`), attach to the workers, serve events. Whatever breaks, it goes
 /// back to the first step that is needed and comes forward again, with a backoff of 50 ms to 1 s.
 /// Thread safety: public functions may be called by any thread of the process that made the object;
 /// hooks and members marked so belong to the session's thread.
@@ -60,7 +60,8 @@ class Session {
   void Close();
 
  protected:
-  explicit Session(SessionSettings settings) : settings_(std::move(settings)) {}
+  explicit Session(SessionSettings settings)
+      : settings_(std::move(settings)), links_(settings_.fence_on_link, LinkCallbacks()) {}
 
   // Hooks, called by the session's thread.
   virtual Request Hello() = 0;
@@ -98,7 +99,7 @@ class Session {
     Status last_error;  ///< why the session is not as it should be; OK when it is
     Status fatal;       ///< not OK: the session is over
     Clock::time_point down_since = Clock::now();
-    std::string worker;  ///< device of the worker that holds the memory
+    std::string worker;  ///< own device, while its worker holds the memory
     bool stopped = false;
     uint64_t changes = 0;  ///< counts changes
     std::function<void()> cancel_stream;
@@ -137,11 +138,11 @@ class Session {
   void OnEvent(Event event);
   void OnWelcome(const v1::ProtocolVersion& protocol);
   void OnError(const Status& error, bool fatal);
-  void OnEndpoint(const v1::WorkerEndpoint& endpoint);
-  void StartLink();
-  void FinishLink();
-  void OnLinkReady(Status status);
-  void OnLinkEnd();
+  void OnRegistered(const v1::WorkerEndpoint& own);
+  LinkSet::Callbacks LinkCallbacks();
+  void OnLinkReady(const std::string& device, Status status);
+  void OnLinkEnd(const std::string& device, bool lost);
+  void AwaitAttached();
   void FailRegistration(const Status& status);
   bool registering() const;
 
@@ -153,12 +154,8 @@ class Session {
   Lent lent_ = Lent::kNothing;
   std::unique_ptr<Stream> stream_;
   uint64_t stream_id_ = 0;  // tells late callbacks of earlier streams apart
-  std::unique_ptr<DataLink> link_;
-  uint64_t link_id_ = 0;
-  bool link_finishing_ = false;
-  std::optional<v1::WorkerEndpoint> endpoint_;   // where to attach next
-  std::optional<v1::WorkerEndpoint> announced_;  // by worker_changed, ahead of the registration
-  std::string device_;                           // of the link's worker
+  LinkSet links_;
+  std::vector<v1::WorkerEndpoint> announced_;  // by worker_changed, ahead of the registration
   Clock::time_point retry_at_ = Clock::time_point::min();
   Clock::time_point welcome_by_;
   milliseconds backoff_ = kFirstBackoff;

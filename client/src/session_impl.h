@@ -9,7 +9,7 @@ template <typename Protocol>
 Status Session<Protocol>::Open() {
   thread_ = std::thread([this] {
     loop_.Run([this] { return Advance(); });
-    link_.reset();
+    links_.Clear();
     Publish([](View& view) { view.cancel_stream = nullptr; });
     stream_.reset();
     Publish([](View& view) { view.stopped = true; });
@@ -38,7 +38,7 @@ void Session<Protocol>::Close() {
       HandleClose();
       stream_->HalfClose();
     }
-    if (link_ != nullptr) link_->Finish();
+    links_.Finish();
   });
   {
     std::unique_lock lock(mutex_);
@@ -63,7 +63,6 @@ Status Session<Protocol>::RegisterAndWait(std::function<void()> install) {
   Post([this, install = std::move(install)] {
     install();
     lent_ = Lent::kWanted;
-    endpoint_.reset();
     Publish([](View& view) { view.registered = false, view.has_registration = true; });
   });
   if (settings_.background) return absl::OkStatus();
@@ -92,11 +91,11 @@ Clock::time_point Session<Protocol>::Advance() {
   const Clock::time_point now = Clock::now();
   if (closing_) {
     const bool heard = control_ != Control::kReady;  // the daemon has ended the stream, too
-    if ((link_ == nullptr && heard) || now >= close_by_) loop_.Stop();
+    if ((links_.empty() && heard) || now >= close_by_) loop_.Stop();
     return close_by_;
   }
   Clock::time_point wake = HandleTime();
-  const bool fenced = settings_.fence_on_link && link_ != nullptr;
+  const bool fenced = settings_.fence_on_link && !links_.empty();
   if (control_ == Control::kDown && !over_ && !fenced) {
     if (now < retry_at_) return std::min(wake, retry_at_);
     Dial();
@@ -115,13 +114,12 @@ Clock::time_point Session<Protocol>::Advance() {
 
 template <typename Protocol>
 void Session<Protocol>::AdvanceLending() {
-  const bool attach = lent_ == Lent::kAttaching && endpoint_.has_value();
-  if (lent_ != Lent::kWanted && !attach) return;
-  if (link_ != nullptr) FinishLink();
-  if (link_ != nullptr) return;  // goes on when the worker has let go
-  if (attach) return StartLink();
+  if (lent_ == Lent::kAttaching) return links_.Advance([this] { return Offer(); });
+  if (lent_ != Lent::kWanted) return;
+  links_.LetGo();
+  if (!links_.empty()) return;  // goes on when the workers have let go
   lent_ = Lent::kSent;
-  announced_.reset();
+  announced_.clear();
   for (const Request& request : Registration()) stream_->Send(request);
 }
 
@@ -167,8 +165,7 @@ void Session<Protocol>::Lost(Status cause) {
   control_ = Control::kDown;
   if (refused && registering()) FailRegistration(cause);
   if (lent_ != Lent::kNothing) lent_ = Lent::kWanted;
-  endpoint_.reset();
-  if (link_ != nullptr) FinishLink();
+  links_.LetGo();
   retry_at_ = Clock::now() + backoff_;
   backoff_ = std::min(backoff_ * 2, kLastBackoff);
   Publish([this, &cause](View& view) {
@@ -186,29 +183,32 @@ void Session<Protocol>::OnEvent(Event event) {
   if (event.has_welcome()) return OnWelcome(event.welcome().protocol());
   if (event.has_error()) return OnError(FromProto(event.error().detail()), event.error().fatal());
   if (event.has_registered() && lent_ == Lent::kSent) {
-    lent_ = Lent::kAttaching;
-    const v1::WorkerEndpoint& answered = event.registered().worker();
-    const bool replaced = announced_.has_value() && announced_->member() == answered.member();
-    return OnEndpoint(replaced ? *announced_ : answered);
+    if constexpr (requires { event.registered().writers(); }) {
+      for (const v1::WorkerEndpoint& writer : event.registered().writers()) links_.Aim(writer);
+    }
+    return OnRegistered(event.registered().worker());
   }
-  // The worker was replaced after the daemon had made its answer and before it was sent.
+  // A worker was replaced after the daemon had made its answer and before it was sent.
   if (event.has_worker_changed() && lent_ == Lent::kSent) {
-    announced_ = event.worker_changed();
+    announced_.push_back(event.worker_changed());
     return;
   }
   if (event.has_worker_changed() && (lent_ == Lent::kAttaching || lent_ == Lent::kDone)) {
     lent_ = Lent::kAttaching;
     Publish([](View& view) { view.registered = false; });
-    return OnEndpoint(event.worker_changed());
+    return links_.Aim(event.worker_changed());
   }
   HandleEvent(event);
 }
 
-/// Without a path there is no worker at the moment: worker_changed follows.
 template <typename Protocol>
-void Session<Protocol>::OnEndpoint(const v1::WorkerEndpoint& endpoint) {
-  endpoint_.reset();
-  if (!endpoint.socket_path().empty()) endpoint_ = endpoint;
+void Session<Protocol>::OnRegistered(const v1::WorkerEndpoint& own) {
+  lent_ = Lent::kAttaching;
+  links_.SetOwn(own.device());
+  links_.Aim(own);
+  for (const v1::WorkerEndpoint& endpoint : announced_) {
+    if (endpoint.member() == own.member()) links_.Aim(endpoint);
+  }
 }
 
 template <typename Protocol>
@@ -240,69 +240,55 @@ void Session<Protocol>::OnError(const Status& error, bool fatal) {
 }
 
 template <typename Protocol>
-void Session<Protocol>::StartLink() {
-  const uint64_t id = ++link_id_;
-  link_finishing_ = false;
-  device_ = endpoint_->device();
-  DataLink::Callbacks callbacks;
-  callbacks.on_ready = [this, id](Status status) {
-    Post([this, id, status = std::move(status)] {
-      if (id == link_id_ && !link_finishing_) OnLinkReady(status);
-    });
+LinkSet::Callbacks Session<Protocol>::LinkCallbacks() {
+  LinkSet::Callbacks callbacks;
+  callbacks.post = [this](std::function<void()> task) { Post(std::move(task)); };
+  callbacks.on_ready = [this](const std::string& device, Status status) {
+    OnLinkReady(device, std::move(status));
   };
-  callbacks.on_end = [this, id] {
-    Post([this, id] {
-      if (id == link_id_) OnLinkEnd();
-    });
-  };
-  link_ = std::make_unique<DataLink>(*std::exchange(endpoint_, std::nullopt), Offer(),
-                                     std::move(callbacks));
-}
-
-/// Lets go of the worker. Where the memory is written, the link lives on until the worker has
-/// confirmed the unmapping or is seen dead: that is the fence.
-template <typename Protocol>
-void Session<Protocol>::FinishLink() {
-  if (settings_.fence_on_link) {
-    if (!std::exchange(link_finishing_, true)) link_->Finish();
-    return;
-  }
-  ++link_id_;
-  link_.reset();
+  callbacks.on_end = [this](const std::string& device, bool lost) { OnLinkEnd(device, lost); };
+  return callbacks;
 }
 
 template <typename Protocol>
-void Session<Protocol>::OnLinkReady(Status status) {
+void Session<Protocol>::OnLinkReady(const std::string& device, Status status) {
   if (!status.ok()) {
     // A worker that is gone will be replaced; worker_changed then says where.
     if (status.code() != StatusCode::kUnavailable) return FailRegistration(status);
     return Publish([&status](View& view) { view.last_error = status; });
   }
+  if (device == links_.own()) Publish([&device](View& view) { view.worker = device; });
+  AwaitAttached();
+}
+
+/// The memory is lent once no worker that runs is missing.
+template <typename Protocol>
+void Session<Protocol>::AwaitAttached() {
+  if (lent_ != Lent::kAttaching || !links_.complete()) return;
   lent_ = Lent::kDone;
   backoff_ = kFirstBackoff;
-  Publish([this](View& view) {
+  Publish([](View& view) {
     view.registered = true;
     view.done = view.wanted;
     view.outcome = absl::OkStatus();
     view.last_error = absl::OkStatus();
-    view.worker = device_;
   });
   HandleRegistered();
 }
 
+/// A lost worker is replaced: the daemon says where with worker_changed.
 template <typename Protocol>
-void Session<Protocol>::OnLinkEnd() {
-  link_.reset();
-  link_finishing_ = false;
-  if (lent_ != Lent::kDone) return;
-  lent_ = Lent::kAttaching;  // the daemon says where with worker_changed
-  Publish([this](View& view) {
+void Session<Protocol>::OnLinkEnd(const std::string& device, bool lost) {
+  if (!lost) return AwaitAttached();  // it was not there, after all
+  if (lent_ != Lent::kDone && lent_ != Lent::kAttaching) return;
+  lent_ = Lent::kAttaching;
+  Publish([this, &device](View& view) {
     view.registered = false;
-    view.worker.clear();
+    if (device == links_.own()) view.worker.clear();
     view.last_error = MakeError(StatusCode::kUnavailable,
-                                fmt::format("worker closed its socket: device={}", device_),
+                                fmt::format("worker closed its socket: device={}", device),
                                 {.reason = reason::kWorkerLost,
-                                 .peer = "worker " + device_,
+                                 .peer = "worker " + device,
                                  .remedy = "see the daemon's log; the client attaches again by "
                                            "itself once the worker is back"});
   });
@@ -321,6 +307,7 @@ template <typename Protocol>
 void Session<Protocol>::FailRegistration(const Status& status) {
   if (!registering()) return Lost(status);
   lent_ = Lent::kNothing;
+  links_.LetGo();
   Publish([&status](View& view) {
     view.done = view.wanted;
     view.outcome = status;

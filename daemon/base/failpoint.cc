@@ -1,6 +1,7 @@
 #include "daemon/base/failpoint.h"
 
 #ifdef WEIGHTD_FAILPOINTS
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -22,6 +23,14 @@ void Failpoint(std::string_view name) {
   while (std::filesystem::exists(stem + ".arm") && std::chrono::steady_clock::now() < deadline) {
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }
+}
+
+bool Mutated(std::string_view name) {
+  static const std::string mutations = [] {
+    const char* text = std::getenv("WEIGHTD_MUTATION");
+    return text == nullptr ? std::string() : fmt::format(",{},", text);
+  }();
+  return !mutations.empty() && mutations.find(fmt::format(",{},", name)) != std::string::npos;
 }
 
 }  // namespace weightd

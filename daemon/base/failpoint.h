@@ -1,4 +1,5 @@
-// Named points at which a test can stop a process (test builds only, WEIGHTD_FAILPOINTS=ON).
+// Named points at which a test can stop a process, or make it do the wrong thing (test builds only,
+// WEIGHTD_FAILPOINTS=ON).
 #pragma once
 
 #include <string_view>
@@ -13,6 +14,14 @@ namespace weightd {
 void Failpoint(std::string_view name);
 #else
 inline void Failpoint(std::string_view) {}
+#endif
+
+/// True in a test build if WEIGHTD_MUTATION, a comma-separated list, has `name`: the caller then
+/// breaks its own result on purpose. tests/e2e/test_mutations.py shows that the suite notices each.
+#ifdef WEIGHTD_FAILPOINTS
+bool Mutated(std::string_view name);
+#else
+constexpr bool Mutated(std::string_view) { return false; }
 #endif
 
 }  // namespace weightd

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <unordered_set>
 
+#include "daemon/base/failpoint.h"
 #include "daemon/layout/name_distance.h"
 
 namespace weightd {
@@ -29,10 +30,6 @@ Status CheckCoordinates(const EngineCoordinates& at) {
                "register the engine rank with 0 <= rank < size",
                "the engine rank's coordinates make no sense: {}, pp {}/{}, ep {}/{}", RankText(at),
                at.pp_rank, at.pp_size, at.ep_rank, at.ep_size);
-}
-
-bool Written(const ParamInfo& param) {
-  return param.alias_of.empty() && param.kind != ParamKind::kOpaque;
 }
 
 class BoundLoaderImpl final : public BoundLoader {
@@ -94,7 +91,21 @@ class BoundLoaderImpl::Rank {
     for (uint32_t i = 0; i < rules_.params.size(); ++i) {
       WEIGHTD_RETURN_IF_ERROR(LowerParam(rules_.params[i], target_[i]));
     }
+    if (Mutated("swap_tensors")) SwapTensors();
     return absl::OkStatus();
+  }
+
+  /// Exchanges what two neighbouring writes of equal shape read, such as those of k and v.
+  void SwapTensors() {
+    for (size_t i = 1; i < layout_.writes.size(); ++i) {
+      Write& a = layout_.writes[i - 1];
+      Write& b = layout_.writes[i];
+      if (a.zero_fill || b.zero_fill || a.tensor == b.tensor || a.source.extent != b.source.extent)
+        continue;
+      std::swap(a.tensor, b.tensor);
+      std::swap(a.source, b.source);
+      return;
+    }
   }
 
   Status CheckRequirements() const {

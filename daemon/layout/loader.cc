@@ -17,6 +17,18 @@ class RuleLoader final : public Loader {
   const std::vector<std::string>& architectures() const override { return file_->architectures; }
   const std::vector<std::string>& profiles() const override { return file_->profiles; }
 
+  const ParamInfo* FindForeign(std::span<const ParamInfo> reported) const override {
+    const auto made = [this](const ParamInfo& param) {
+      return std::any_of(file_->rules.begin(), file_->rules.end(), [&param](const Rule& rule) {
+        return !rule.skips() && rule.target.Makes(param.name);
+      });
+    };
+    const auto foreign =
+        std::find_if(reported.begin(), reported.end(),
+                     [&made](const ParamInfo& param) { return Written(param) && !made(param); });
+    return foreign == reported.end() ? nullptr : &*foreign;
+  }
+
   StatusOr<std::shared_ptr<const BoundLoader>> Bind(
       const TensorTable& table, std::string_view config_json, std::string_view architecture,
       std::string_view profile, std::span<const ParamInfo> reported) const override {
@@ -42,6 +54,10 @@ class RuleLoader final : public Loader {
 };
 
 }  // namespace
+
+bool Written(const ParamInfo& param) {
+  return param.alias_of.empty() && param.kind != ParamKind::kOpaque;
+}
 
 bool MatchProfile(std::string_view profile, const std::vector<std::string>& declared) {
   return std::any_of(declared.begin(), declared.end(), [profile](const std::string& one) {

@@ -49,6 +49,10 @@ class Loader {
   virtual const std::vector<std::string>& profiles()
       const = 0;  ///< e.g. {"vllm-0.6.3", "vllm-0.32"}
 
+  /// The first parameter that weightd would have to write but no rule can; nullptr if there is
+  /// none. Looks at names alone.
+  virtual const ParamInfo* FindForeign(std::span<const ParamInfo> reported) const = 0;
+
   /// Finds the one rule of each source tensor and evaluates the config's symbols. `config_json` is
   /// the model's Hugging Face config. `reported` are the parameters of any one rank (empty if
   /// unknown): whether the head is tied is taken from them when they are given, from the config
@@ -58,6 +62,9 @@ class Loader {
       const TensorTable& table, std::string_view config_json, std::string_view architecture,
       std::string_view profile, std::span<const ParamInfo> reported) const = 0;
 };
+
+/// Whether weightd writes this parameter by itself: it is neither opaque nor an alias.
+bool Written(const ParamInfo& param);
 
 /// Whether `profile` is one of `declared`, or a patch release of one: "vllm-0.32.0" is "vllm-0.32".
 bool MatchProfile(std::string_view profile, const std::vector<std::string>& declared);
@@ -75,6 +82,12 @@ class LoaderRegistry {
   /// \error NOT_FOUND UNKNOWN_PROFILE listing the profiles of that architecture
   StatusOr<std::shared_ptr<const Loader>> Find(std::string_view architecture,
                                                std::string_view profile) const;
+
+  /// Checks what an engine reports before any trainer is known: that its profile is described, and
+  /// that its parameters do not have the names of another profile instead.
+  /// \error as Find; INVALID_ARGUMENT UNKNOWN_PROFILE naming the profiles that the names fit
+  Status CheckProfile(std::string_view architecture, std::string_view profile,
+                      std::span<const ParamInfo> reported) const;
 
   const std::vector<std::shared_ptr<const Loader>>& loaders() const { return loaders_; }
 

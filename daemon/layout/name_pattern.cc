@@ -191,6 +191,11 @@ void TargetPattern::AppendName(const Captures& captures, std::string* out) const
   AppendTokens(tokens_, captures, out);
 }
 
+bool TargetPattern::Makes(std::string_view name) const {
+  Captures captures;
+  return NamePattern::MatchFrom(tokens_, 0, name, &captures);
+}
+
 std::vector<std::string> TargetPattern::SourcesOf(std::string_view name, const NamePattern& source,
                                                   int64_t integer_limit, size_t limit) const {
   Captures captures;

@@ -74,6 +74,9 @@ class TargetPattern {
 
   void AppendName(const Captures& captures, std::string* out) const;
 
+  /// Whether some captures make `name`.
+  bool Makes(std::string_view name) const;
+
   /// The source names that `source` would map to parameter `name`: captures that the parameter's
   /// name does not determine run over their alternatives, integers over [0, integer_limit).
   /// Empty if the rule cannot produce `name`; at most `limit` names.

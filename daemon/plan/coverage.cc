@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "daemon/base/failpoint.h"
 #include "daemon/plan/tiling.h"
 #include "daemon/plan/transfer_plan.h"
 
@@ -108,6 +109,7 @@ Status CheckParam(const ParamInfo& param, std::span<const Box> targets) {
 }  // namespace
 
 Status CheckCoverage(const TensorTable& table, const RankLayout& layout) {
+  if (Mutated("lax_proof")) return absl::OkStatus();
   std::vector<uint32_t> first(layout.params.size() + 1, 0);
   for (size_t i = 0; i < layout.writes.size(); ++i) {
     const Write& write = layout.writes[i];

@@ -24,6 +24,7 @@ struct ActorRank {
   int rank = 0;
   std::string label;    ///< "actor 3"
   std::string process;  ///< "pid 71 on host a"
+  std::string device;   ///< of its memory
   RankShards shards;
 };
 
@@ -51,6 +52,7 @@ struct EngineRank {
   EngineCoordinates coordinates;
   std::string label;  ///< "engine e0 tp 1"
   std::string process;
+  std::string device;  ///< of its memory
   std::vector<ParamInfo> params;
   std::shared_ptr<const TracedLayout> traced;  ///< set: takes the place of a rule file
   uint64_t held_version = 0;

@@ -1,5 +1,7 @@
 #include "daemon/registry/replica_state.h"
 
+#include "daemon/base/failpoint.h"
+
 namespace weightd {
 namespace {
 
@@ -63,6 +65,7 @@ std::string_view Name(ReplicaEvent event) {
 
 StatusOr<ReplicaState> Next(ReplicaState state, ReplicaEvent event, ReplicaState before) {
   if (event == E::kRankLost) return S::kGone;
+  if (event == E::kFailedTouched && Mutated("forget_poison")) return before;
   const bool in_attempt = state == S::kStaging || state == S::kCatchingUp;
   if (event == E::kFailedUntouched && in_attempt) return before;
   if (state == S::kGone && (event == E::kFailedUntouched || event == E::kFailedTouched)) {

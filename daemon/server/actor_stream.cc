@@ -27,7 +27,7 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
  public:
   ActorStream(ServerContext context, grpc::CallbackServerContext* call)
       : Stream(call), context_(context), port_(std::make_shared<Port>(this)) {
-    shards_.first.push_back(0);
+    DropPages();
     Start();
   }
 
@@ -55,7 +55,7 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
       case v1::ActorRequest::kHello:
         return OnHello(request.hello());
       case v1::ActorRequest::kShards:
-        return AppendShards(request.shards(), shards_);
+        return OnShards(request.shards());
       case v1::ActorRequest::kRegister:
         return OnRegister(request.register_());
       case v1::ActorRequest::kTable:
@@ -94,16 +94,30 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
     *welcome->mutable_protocol() = OurProtocol();
     welcome->set_epoch(context_.coordinator.epoch());
     welcome->set_daemon_version(kVersion);
-    welcome->set_max_message_bytes(kMaxMessageBytes);
+    welcome->set_max_message_bytes(context_.max_message_bytes);
     Send(std::move(event));
     return absl::OkStatus();
   }
 
+  Status OnShards(const v1::ShardsPage& page) {
+    if (refused_) return absl::OkStatus();
+    Status status = AppendShards(page, shards_);
+    if (status.ok()) status = context_.coordinator.CheckCount(shards_.first.size() - 1);
+    refused_ = !status.ok();
+    return status;
+  }
+
   Status OnRegister(const v1::ActorRegister& request) {
+    if (std::exchange(refused_, false)) {  // a page of it was: the client knows why
+      DropPages();
+      return absl::OkStatus();
+    }
     digest_ = request.table_digest();
     num_tensors_ = request.num_tensors();
+    device_ = request.device().empty() ? kHostDevice : request.device();
     table_.clear();
     if (!context_.coordinator.WantsTable(*session_, digest_)) return Finish(std::nullopt);
+    awaits_table_ = true;
     v1::ActorEvent event;
     event.mutable_table_wanted();
     Send(std::move(event));
@@ -111,10 +125,18 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
   }
 
   Status OnTable(const v1::TensorTablePage& page) {
+    if (!awaits_table_) return absl::OkStatus();  // the rest of one that was refused
+    Status status = AppendTable(page);
+    if (!status.ok()) DropPages();
+    return status;
+  }
+
+  Status AppendTable(const v1::TensorTablePage& page) {
     for (const v1::TensorSpec& spec : page.tensors()) {
       WEIGHTD_ASSIGN_OR_RETURN(TensorInfo tensor, FromProto(spec));
       table_.push_back(std::move(tensor));
     }
+    WEIGHTD_RETURN_IF_ERROR(context_.coordinator.CheckCount(table_.size()));
     if (!page.last()) return absl::OkStatus();
     if (table_.size() != num_tensors_) {
       return Error(StatusCode::kInvalidArgument, reason::kProtocol,
@@ -125,13 +147,11 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
   }
 
   Status Finish(std::optional<TensorTable> table) {
-    RankShards shards;
-    shards.first.push_back(0);
-    std::swap(shards, shards_);
-    table_.clear();
+    RankShards shards = std::move(shards_);
+    DropPages();
     WEIGHTD_ASSIGN_OR_RETURN(const WorkerEndpoint endpoint,
                              context_.coordinator.RegisterActor(
-                                 *session_, digest_, std::move(table), std::move(shards)));
+                                 *session_, device_, digest_, std::move(table), std::move(shards)));
     v1::ActorEvent event;
     *event.mutable_registered()->mutable_worker() = ToProto(endpoint);
     Send(std::move(event));
@@ -153,6 +173,13 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
     return absl::OkStatus();
   }
 
+  void DropPages() {
+    shards_ = RankShards();
+    shards_.first.push_back(0);
+    table_.clear();
+    awaits_table_ = false;
+  }
+
   void OnClosed() override {
     context_.watcher.Unwatch(watch_);
     port_->handle().Detach();
@@ -166,8 +193,11 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
   std::shared_ptr<Port> port_;
   std::shared_ptr<ActorSession> session_;
   uint64_t watch_ = 0;
+  std::string device_;
   std::string digest_;
   uint32_t num_tensors_ = 0;
+  bool awaits_table_ = false;
+  bool refused_ = false;  // a page of shards was: what follows of this registration is skipped
   RankShards shards_;
   TensorTable table_;
 };

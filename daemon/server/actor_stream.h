@@ -14,6 +14,7 @@ namespace weightd {
 struct ServerContext {
   Coordinator& coordinator;
   ProcessWatcher& watcher;
+  uint64_t max_message_bytes = 0;
 };
 
 /// weightd.v1.ActorService.

@@ -69,7 +69,8 @@ v1::ModelStatus Describe(const ModelView& view) {
 
 void DescribePairs(const PlanView& view, v1::GetPlanResponse& response) {
   for (size_t i = 0; i < view.plans.size(); ++i) {
-    const CompiledPlan& compiled = *view.plans[i]->compiled;
+    const ReplicaPlan& plan = *view.plans[i];
+    const CompiledPlan& compiled = *plan.compiled;
     for (size_t target = 0; target < view.replicas[i].targets.size(); ++target) {
       for (size_t actor = 0; actor < compiled.num_actors; ++actor) {
         const PairTraffic& traffic = compiled.pair(actor, target);
@@ -77,8 +78,12 @@ void DescribePairs(const PlanView& view, v1::GetPlanResponse& response) {
         v1::PlannedPair* pair = response.add_pairs();
         pair->set_source(view.group.ranks[actor]->label);
         pair->set_target(view.replicas[i].targets[target].rank->label);
-        pair->set_path("shm");
-        pair->set_reason("both in host memory of this host");
+        const PathChoice& choice = plan.paths.at(
+            {plan.worker->source_devices[actor], plan.worker->target_devices[target]});
+        pair->set_path(std::string(Name(choice.path)));
+        pair->set_reason(choice.reason);
+        pair->set_source_device(plan.worker->source_devices[actor]);
+        pair->set_target_device(plan.worker->target_devices[target]);
         pair->set_boxes(traffic.boxes);
         pair->set_bytes(traffic.bytes);
       }
@@ -147,6 +152,22 @@ v1::GetPlanResponse DescribePlan(const PlanView& view, const std::string& tensor
   return response;
 }
 
+void AdminService::DescribeWorkers(v1::GetStatusResponse& response) {
+  const std::vector<std::string> missing = coordinator_.MissingWorkers();
+  for (const auto& [device, supervisor] : supervisors_) {
+    const WorkerSupervisor::View worker = supervisor->view();
+    const auto [mapped, members] = workers_.Mapped(device);
+    v1::WorkerStatus* status = response.add_workers();
+    status->set_device(device);
+    status->set_pid(static_cast<uint32_t>(worker.pid));
+    status->set_attached(std::find(missing.begin(), missing.end(), device) == missing.end());
+    status->set_restarts(worker.restarts);
+    status->set_mapped_bytes(mapped);
+    status->set_members(members);
+    status->set_last_exit(worker.last_exit);
+  }
+}
+
 grpc::ServerUnaryReactor* AdminService::GetStatus(grpc::CallbackServerContext* call,
                                                   const v1::GetStatusRequest* request,
                                                   v1::GetStatusResponse* response) {
@@ -155,16 +176,7 @@ grpc::ServerUnaryReactor* AdminService::GetStatus(grpc::CallbackServerContext* c
   response->set_epoch(coordinator_.epoch());
   response->set_uptime_us(MicrosSince(start_));
   response->set_draining(draining_);
-  const WorkerSupervisor::View worker = supervisor_.view();
-  v1::WorkerStatus* status = response->add_workers();
-  status->set_device("host");
-  status->set_pid(static_cast<uint32_t>(worker.pid));
-  status->set_attached(coordinator_.HasWorker());
-  status->set_restarts(worker.restarts);
-  const auto [mapped, members] = workers_.Mapped();
-  status->set_mapped_bytes(mapped);
-  status->set_members(members);
-  status->set_last_exit(worker.last_exit);
+  DescribeWorkers(*response);
   for (const ModelView& view : coordinator_.Views(request->model())) {
     *response->add_models() = Describe(view);
   }

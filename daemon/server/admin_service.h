@@ -8,8 +8,9 @@ namespace weightd {
 /// weightd.v1.AdminService: reads only.
 class AdminService : public v1::AdminService::CallbackService {
  public:
-  AdminService(Coordinator& coordinator, WorkerSupervisor& supervisor, WorkerService& workers)
-      : coordinator_(coordinator), supervisor_(supervisor), workers_(workers) {}
+  AdminService(Coordinator& coordinator, const WorkerSupervisors& supervisors,
+               WorkerService& workers)
+      : coordinator_(coordinator), supervisors_(supervisors), workers_(workers) {}
 
   grpc::ServerUnaryReactor* GetStatus(grpc::CallbackServerContext* call,
                                       const v1::GetStatusRequest* request,
@@ -19,10 +20,13 @@ class AdminService : public v1::AdminService::CallbackService {
                                     v1::GetPlanResponse* response) override;
 
   void SetDraining() { draining_ = true; }
+  bool draining() const { return draining_; }
 
  private:
+  void DescribeWorkers(v1::GetStatusResponse& response);
+
   Coordinator& coordinator_;
-  WorkerSupervisor& supervisor_;
+  const WorkerSupervisors& supervisors_;
   WorkerService& workers_;
   const Clock::time_point start_ = Clock::now();
   std::atomic<bool> draining_{false};

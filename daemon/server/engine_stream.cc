@@ -59,11 +59,7 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
       case v1::EngineRequest::kHello:
         return OnHello(request.hello());
       case v1::EngineRequest::kParams:
-        for (const v1::ParamSpec& spec : request.params().params()) {
-          WEIGHTD_ASSIGN_OR_RETURN(ParamInfo param, FromProto(spec));
-          params_.push_back(std::move(param));
-        }
-        return absl::OkStatus();
+        return OnParams(request.params());
       case v1::EngineRequest::kTrace:
         return OnTrace(request.trace());
       case v1::EngineRequest::kRegister:
@@ -114,9 +110,24 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     *welcome->mutable_protocol() = OurProtocol();
     welcome->set_epoch(context_.coordinator.epoch());
     welcome->set_daemon_version(kVersion);
-    welcome->set_max_message_bytes(kMaxMessageBytes);
+    welcome->set_max_message_bytes(context_.max_message_bytes);
     Send(std::move(event));
     return absl::OkStatus();
+  }
+
+  Status OnParams(const v1::ParamsPage& page) {
+    if (refused_) return absl::OkStatus();
+    const Status status = AppendParams(page);
+    refused_ = !status.ok();
+    return status;
+  }
+
+  Status AppendParams(const v1::ParamsPage& page) {
+    for (const v1::ParamSpec& spec : page.params()) {
+      WEIGHTD_ASSIGN_OR_RETURN(ParamInfo param, FromProto(spec));
+      params_.push_back(std::move(param));
+    }
+    return context_.coordinator.CheckCount(params_.size());
   }
 
   Status OnTrace(const v1::TracePage& page) {
@@ -159,6 +170,7 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
   Status OnRegister(const v1::EngineRegister& request) {
     std::vector<ParamInfo> params;
     std::swap(params, params_);
+    if (std::exchange(refused_, false)) return absl::OkStatus();  // a page was: the client knows
     WEIGHTD_ASSIGN_OR_RETURN(std::shared_ptr<const TracedLayout> trace,
                              TakeTrace(request, params.size()));
     if (params.size() != request.num_params()) {
@@ -172,12 +184,17 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     model.config_json = request.config_json();
     model.commit_mode = request.commit_mode();
     model.num_ranks = num_ranks_;
+    const std::string device = request.device().empty() ? kHostDevice : request.device();
     WEIGHTD_ASSIGN_OR_RETURN(
-        const WorkerEndpoint endpoint,
-        context_.coordinator.RegisterEngine(*session_, std::move(model), std::move(params),
+        const std::vector<WorkerEndpoint> endpoints,
+        context_.coordinator.RegisterEngine(*session_, device, std::move(model), std::move(params),
                                             std::move(trace), request.prefer_trace()));
     v1::EngineEvent event;
-    *event.mutable_registered()->mutable_worker() = ToProto(endpoint);
+    v1::EngineRegistered& registered = *event.mutable_registered();
+    *registered.mutable_worker() = ToProto(endpoints.front());
+    for (size_t i = 1; i < endpoints.size(); ++i) {
+      *registered.add_writers() = ToProto(endpoints[i]);
+    }
     Send(std::move(event));
     return absl::OkStatus();
   }
@@ -198,6 +215,7 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
   uint64_t watch_ = 0;
   int num_ranks_ = 1;
   bool orderly_ = false;
+  bool refused_ = false;  // a page of parameters was: the rest of this registration is skipped
   // Pages of the next registration.
   std::vector<ParamInfo> params_;
   std::vector<TracedSource> traced_sources_;

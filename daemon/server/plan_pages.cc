@@ -32,9 +32,11 @@ void AddTable(const WorkerPlan& plan, Pager& pager) {
     *pager.page().add_tensors() = ToProto(tensor);
     pager.Added(tensor.name.size() + 32);
   }
-  for (MemberId source : plan.sources) {
-    pager.page().add_sources(Value(source));
-    pager.Added(10);
+  for (size_t rank = 0; rank < plan.sources.size(); ++rank) {
+    if (pager.full()) pager.Next();
+    pager.page().add_sources(Value(plan.sources[rank]));
+    pager.page().add_source_devices(plan.source_devices[rank]);
+    pager.Added(12 + plan.source_devices[rank].size());
   }
 }
 
@@ -70,6 +72,7 @@ void AddLayout(const WorkerPlan& plan, uint32_t target, Pager& pager) {
     page->set_target(target);
     page->set_member(Value(plan.targets[target]));
     page->set_label(plan.labels[target]);
+    page->set_device(plan.target_devices[target]);
     *page->mutable_coordinates() = ToProto(layout.coordinates);
     for (; param < layout.params.size() && !pager.full(); ++param) {
       *page->add_params() = ToProto(layout.params[param]);

@@ -6,6 +6,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -74,6 +75,13 @@ Status PrepareSocketPath(const std::string& path) {
   return absl::OkStatus();
 }
 
+Status CheckDevices(const Config& config) {
+  for (const std::string& device : config.worker.devices) {
+    WEIGHTD_RETURN_IF_ERROR(CheckServed(device));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 class Server::Observer : public SyncObserver {
@@ -87,15 +95,16 @@ class Server::Observer : public SyncObserver {
       total += micros;
     }
     metrics_.ObservePhase("total", static_cast<double>(total) * 1e-6);
-    metrics_.AddTransferBytes("shm", report.bytes);
+    for (const auto& [path, bytes] : report.path_bytes) metrics_.AddTransferBytes(path, bytes);
+    for (const ReplicaOutcome& replica : report.replicas) {
+      if (FieldsOf(replica.error).reason == reason::kVerifyMismatch) metrics_.CountVerifyMismatch();
+    }
     if (report.error.ok()) {
       const auto now = std::chrono::system_clock::now().time_since_epoch();
       metrics_.SetLastSuccess(model, std::chrono::duration<double>(now).count());
       return;
     }
-    const std::string reason = FieldsOf(report.error).reason;
-    metrics_.CountFailure(reason);
-    if (reason == reason::kVerifyMismatch) metrics_.CountVerifyMismatch();
+    metrics_.CountFailure(FieldsOf(report.error).reason);
   }
 
   void OnReplica(const std::string& model, const std::string& engine, int dp_rank,
@@ -117,27 +126,46 @@ Server::Server(Config config, std::shared_ptr<const LoaderRegistry> loaders,
       observer_(std::make_unique<Observer>(metrics_)),
       coordinator_(std::make_unique<Coordinator>(
           Coordinator::Config{SyncOptionsOf(config_), versions_->epoch(),
-                              config_.limits.max_tensors},
+                              config_.limits.max_tensors, config_.limits.max_sessions,
+                              config_.worker.devices},
           std::move(loaders), *versions_, *observer_)),
-      supervisor_(
-          {config_.listen.socket, config_.RuntimeDir(), "host", config_.worker.threads,
-           config_.worker.peer_check, config_.runtime.log_level, config_.runtime.log_format},
-          config_.worker.restart_backoff, {[this](const std::string& device, const std::string&) {
-            metrics_.CountWorkerRestart(device);
-          }}),
-      actors_({*coordinator_, watcher_}),
-      engines_({*coordinator_, watcher_}),
-      workers_({*coordinator_, watcher_}, supervisor_),
-      admin_(*coordinator_, supervisor_, workers_) {}
+      supervisors_(MakeSupervisors()),
+      actors_({*coordinator_, watcher_, config_.limits.max_message_bytes}),
+      engines_({*coordinator_, watcher_, config_.limits.max_message_bytes}),
+      workers_({*coordinator_, watcher_, config_.limits.max_message_bytes}, supervisors_),
+      admin_(*coordinator_, supervisors_, workers_) {}
+
+WorkerSupervisors Server::MakeSupervisors() {
+  WorkerSupervisors supervisors;
+  WorkerSupervisor::Callbacks callbacks;
+  callbacks.on_exit = [this](const std::string& device, const std::string&) {
+    metrics_.CountWorkerRestart(device);
+  };
+  for (const std::string& device : config_.worker.devices) {
+    WorkerCommandLine command;
+    command.daemon_socket = config_.listen.socket;
+    command.runtime_dir = config_.RuntimeDir();
+    command.device = device;
+    command.threads = config_.worker.threads;
+    command.peer_check = config_.worker.peer_check;
+    command.attach_deadline = config_.deadlines.registration;
+    command.log_level = config_.runtime.log_level;
+    command.log_format = config_.runtime.log_format;
+    supervisors[device] = std::make_unique<WorkerSupervisor>(
+        std::move(command), config_.worker.restart_backoff, callbacks);
+  }
+  return supervisors;
+}
 
 StatusOr<std::unique_ptr<Server>> Server::Create(const Config& config) {
+  WEIGHTD_RETURN_IF_ERROR(CheckDevices(config));
   WEIGHTD_ASSIGN_OR_RETURN(auto loaders, LoaderRegistry::Create(config.runtime.loaders_dir));
   WEIGHTD_ASSIGN_OR_RETURN(auto versions, VersionFile::Open(config.runtime.state_dir));
   auto server =
       std::unique_ptr<Server>(new Server(config, std::move(loaders), std::move(versions)));
   WEIGHTD_RETURN_IF_ERROR(server->Listen());
   WEIGHTD_RETURN_IF_ERROR(server->StartHttp());
-  server->supervisor_.Start();
+  for (const auto& [device, supervisor] : server->supervisors_) supervisor->Start();
   return server;
 }
 
@@ -174,15 +202,24 @@ Status Server::StartHttp() {
   if (config_.listen.http.empty()) return absl::OkStatus();
   HttpCallbacks callbacks;
   callbacks.ready = [this] {
-    const bool ready = coordinator_->HasWorker();
-    return Readiness{ready, ready ? "" : "the worker of device host is not attached"};
+    if (admin_.draining()) return Readiness{false, "the daemon is draining"};
+    const std::vector<std::string> missing = coordinator_->MissingWorkers();
+    if (missing.empty()) return Readiness{true, ""};
+    return Readiness{false, fmt::format("workers are not attached: {}", fmt::join(missing, ", "))};
   };
   callbacks.engine_ready = [this](const std::string& engine) -> std::optional<Readiness> {
     const std::optional<bool> ready = coordinator_->EngineReady(engine);
     if (!ready.has_value()) return std::nullopt;
     return Readiness{*ready, *ready ? "" : "the engine serves no version"};
   };
-  callbacks.metrics = [this] { return metrics_.Text(); };
+  callbacks.metrics = [this] {
+    const std::vector<std::string> missing = coordinator_->MissingWorkers();
+    for (const std::string& device : config_.worker.devices) {
+      const bool up = std::find(missing.begin(), missing.end(), device) == missing.end();
+      metrics_.SetWorkerUp(device, up);
+    }
+    return metrics_.Text();
+  };
   WEIGHTD_ASSIGN_OR_RETURN(http_, HttpServer::Create(config_.listen.http, std::move(callbacks)));
   return absl::OkStatus();
 }
@@ -195,7 +232,7 @@ void Server::Drain() {
 
 Server::~Server() {
   http_.reset();
-  supervisor_.LetGo();
+  for (const auto& [device, supervisor] : supervisors_) supervisor->LetGo();
   if (grpc_ != nullptr) {
     grpc_->Shutdown(std::chrono::system_clock::now() + milliseconds(200));
     grpc_->Wait();
@@ -204,6 +241,7 @@ Server::~Server() {
 }
 
 Status CheckEnvironment(const Config& config) {
+  WEIGHTD_RETURN_IF_ERROR(CheckDevices(config));
   WEIGHTD_RETURN_IF_ERROR(LoaderRegistry::Create(config.runtime.loaders_dir).status());
   return VersionFile::Open(config.runtime.state_dir).status();
 }

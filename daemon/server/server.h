@@ -14,11 +14,11 @@
 namespace weightd {
 
 /// The daemon: everything between the configuration and a listening process. Members are destroyed
-/// in reverse order: first the edge stops, then the jobs, then the worker. Thread safety: Create,
+/// in reverse order: first the edge stops, then the jobs, then the workers. Thread safety: Create,
 /// Drain and destruction from one thread.
 class Server {
  public:
-  /// Binds the sockets, starts the worker and serves. Does not block; ready once the worker has
+  /// Binds the sockets, starts the workers and serves. Does not block; ready once all of them have
   /// attached. \error UNAVAILABLE SOCKET if a socket path is in use by a living process, not
   /// writable, or a port is taken \error INVALID_ARGUMENT CONFIG / RULE_FILE from state_dir and
   /// loaders_dir
@@ -37,6 +37,7 @@ class Server {
          std::unique_ptr<VersionFile> versions);
   Status Listen();
   Status StartHttp();
+  WorkerSupervisors MakeSupervisors();
 
   const Config config_;
   Metrics metrics_;
@@ -44,7 +45,7 @@ class Server {
   std::unique_ptr<Observer> observer_;
   std::unique_ptr<Coordinator> coordinator_;
   ProcessWatcher watcher_;
-  WorkerSupervisor supervisor_;
+  const WorkerSupervisors supervisors_;
   ActorService actors_;
   EngineService engines_;
   WorkerService workers_;
@@ -56,7 +57,7 @@ class Server {
 };
 
 /// Everything that --check-config checks beyond the syntax: rule files parse, state_dir is
-/// writable. Binds nothing.
+/// writable, this build can serve the devices. Binds nothing.
 Status CheckEnvironment(const Config& config);
 
 }  // namespace weightd

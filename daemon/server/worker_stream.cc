@@ -51,6 +51,8 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
 
  private:
   Coordinator& coordinator() { return service_.context_.coordinator; }
+  /// \pre hello was accepted
+  std::string device() const { return port_->device(); }
 
   void OnMessage(v1::WorkerReport& report) override {
     if (port_ == nullptr && !report.has_hello()) {
@@ -64,17 +66,17 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
         const Status status = FromProto(report.attached().error());
         if (status.ok()) {
           const std::lock_guard lock(service_.mu_);
-          service_.mapped_[report.attached().member()] = report.attached().mapped_bytes();
+          service_.mapped_[device()][report.attached().member()] = report.attached().mapped_bytes();
         }
-        return coordinator().MemberAttached(static_cast<MemberId>(report.attached().member()),
-                                            status);
+        return coordinator().MemberAttached(
+            device(), static_cast<MemberId>(report.attached().member()), status);
       }
       case v1::WorkerReport::kLost: {
         {
           const std::lock_guard lock(service_.mu_);
-          service_.mapped_.erase(report.lost().member());
+          service_.mapped_[device()].erase(report.lost().member());
         }
-        return coordinator().MemberLost(static_cast<MemberId>(report.lost().member()),
+        return coordinator().MemberLost(device(), static_cast<MemberId>(report.lost().member()),
                                         report.lost().cause());
       }
       case v1::WorkerReport::kPlanLoaded:
@@ -82,6 +84,7 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
       case v1::WorkerReport::kProgress: {
         Event event;
         event.kind = Event::Kind::kProgress;
+        event.device = device();
         event.attempt = FromProto(report.progress().attempt());
         event.bytes = report.progress().bytes_done();
         return coordinator().WorkerEvent(std::move(event));
@@ -94,21 +97,23 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
   }
 
   void OnHello(const v1::WorkerHello& hello) {
+    const auto it = service_.supervisors_.find(hello.device());
     if (port_ != nullptr || !CheckProtocol(hello.protocol()).ok() ||
-        hello.token() != service_.supervisor_.token()) {
-      spdlog::warn("a process that is not this daemon's worker tried to attach: pid={}",
-                   hello.pid());
+        it == service_.supervisors_.end() || hello.token() != it->second->token()) {
+      spdlog::warn("a process that is not this daemon's worker tried to attach: pid={} device={}",
+                   hello.pid(), hello.device());
       Close(grpc::Status(grpc::StatusCode::UNAUTHENTICATED, "not a worker of this daemon"));
       return;
     }
-    port_ = std::make_shared<WorkerPortImpl>(this, service_.supervisor_, hello.device(),
-                                             hello.socket_path());
+    port_ =
+        std::make_shared<WorkerPortImpl>(this, *it->second, hello.device(), hello.socket_path());
     coordinator().WorkerUp(port_);
   }
 
   void OnPlanLoaded(const v1::PlanLoaded& loaded) {
     Event event;
     event.kind = Event::Kind::kPlanLoaded;
+    event.device = device();
     event.plan = loaded.plan();
     event.status = FromProto(loaded.error());
     if (loaded.digest().size() == event.digest.size()) {
@@ -120,11 +125,13 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
   void OnDone(const v1::StepDone& done) {
     Event event;
     event.kind = Event::Kind::kStepDone;
+    event.device = device();
     event.attempt = FromProto(done.attempt());
     event.step = static_cast<Step>(done.step());
     event.status = FromProto(done.error());
     event.bytes = done.bytes();
     event.touched = done.touched();
+    event.shard_words.assign(done.shard_words().begin(), done.shard_words().end());
     for (const v1::TargetDigests& digests : done.digests()) {
       TargetDigests target;
       target.target = digests.target();
@@ -140,7 +147,7 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
     port_->handle().Detach();
     {
       const std::lock_guard lock(service_.mu_);
-      service_.mapped_.clear();
+      service_.mapped_.erase(port_->device());
     }
     const std::string peer = "worker " + port_->device();
     coordinator().WorkerDown(
@@ -215,11 +222,13 @@ grpc::ServerBidiReactor<v1::WorkerReport, v1::WorkerCommand>* WorkerService::Att
   return new WorkerStream(*this, call);
 }
 
-std::pair<uint64_t, uint32_t> WorkerService::Mapped() {
+std::pair<uint64_t, uint32_t> WorkerService::Mapped(const std::string& device) {
   const std::lock_guard lock(mu_);
+  const auto it = mapped_.find(device);
+  if (it == mapped_.end()) return {0, 0};
   uint64_t bytes = 0;
-  for (const auto& [member, size] : mapped_) bytes += size;
-  return {bytes, static_cast<uint32_t>(mapped_.size())};
+  for (const auto& [member, size] : it->second) bytes += size;
+  return {bytes, static_cast<uint32_t>(it->second.size())};
 }
 
 }  // namespace weightd

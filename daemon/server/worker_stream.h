@@ -15,20 +15,21 @@ namespace weightd {
 /// weightd.v1.WorkerService: one stream per attached worker.
 class WorkerService : public v1::WorkerService::CallbackService {
  public:
-  WorkerService(ServerContext context, WorkerSupervisor& supervisor)
-      : context_(context), supervisor_(supervisor) {}
+  WorkerService(ServerContext context, const WorkerSupervisors& supervisors)
+      : context_(context), supervisors_(supervisors) {}
   grpc::ServerBidiReactor<v1::WorkerReport, v1::WorkerCommand>* Attach(
       grpc::CallbackServerContext* call) override;
 
-  /// Bytes that the attached worker maps, and for how many members.
-  std::pair<uint64_t, uint32_t> Mapped();
+  /// Bytes that the attached worker of this device maps, and for how many members.
+  std::pair<uint64_t, uint32_t> Mapped(const std::string& device);
 
  private:
   friend class WorkerStream;
   ServerContext context_;
-  WorkerSupervisor& supervisor_;
+  const WorkerSupervisors& supervisors_;
   std::mutex mu_;
-  std::map<uint64_t, uint64_t> mapped_;  // member -> bytes; guarded by mu_
+  // device -> member -> bytes; guarded by mu_
+  std::map<std::string, std::map<uint64_t, uint64_t>> mapped_;
 };
 
 }  // namespace weightd

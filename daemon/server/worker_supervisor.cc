@@ -74,13 +74,22 @@ std::string WorkerSupervisor::SocketPath(uint32_t generation) const {
 }
 
 pid_t WorkerSupervisor::Spawn(const std::string& token, uint32_t generation) {
-  std::vector<std::string> args = {"weightd",      "--worker",
-                                   "--device",     command_.device,
-                                   "--daemon",     "unix:" + command_.daemon_socket,
-                                   "--socket",     SocketPath(generation),
-                                   "--threads",    std::to_string(command_.threads),
-                                   "--log-level",  command_.log_level,
-                                   "--log-format", command_.log_format};
+  std::vector<std::string> args = {"weightd",
+                                   "--worker",
+                                   "--device",
+                                   command_.device,
+                                   "--daemon",
+                                   "unix:" + command_.daemon_socket,
+                                   "--socket",
+                                   SocketPath(generation),
+                                   "--threads",
+                                   std::to_string(command_.threads),
+                                   "--attach-deadline-ms",
+                                   std::to_string(command_.attach_deadline.count()),
+                                   "--log-level",
+                                   command_.log_level,
+                                   "--log-format",
+                                   command_.log_format};
   if (!command_.peer_check) args.emplace_back("--no-peer-check");
   std::vector<char*> argv;
   for (std::string& arg : args) argv.push_back(arg.data());

@@ -5,6 +5,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <functional>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -19,9 +21,10 @@ namespace weightd {
 struct WorkerCommandLine {
   std::string daemon_socket;  ///< unix socket of the daemon
   std::string runtime_dir;    ///< where the worker puts its own socket
-  std::string device;         ///< "host" or a GPU UUID
+  std::string device;         ///< "host", "host.1" or a GPU UUID
   uint64_t threads = 0;       ///< 0 = one per core
   bool peer_check = true;
+  milliseconds attach_deadline{10'000};
   std::string log_level;
   std::string log_format;
 };
@@ -73,5 +76,8 @@ class WorkerSupervisor {
   View view_;
   std::jthread thread_;
 };
+
+/// One for each device that is served, by its name.
+using WorkerSupervisors = std::map<std::string, std::unique_ptr<WorkerSupervisor>>;
 
 }  // namespace weightd

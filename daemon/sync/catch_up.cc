@@ -5,6 +5,11 @@
 #include "daemon/sync/plan_cache.h"
 
 namespace weightd {
+namespace {
+
+constexpr milliseconds kFenceLimit{3000};
+
+}  // namespace
 
 Status CatchUpSession::Run() {
   attempt_ = host_.NextAttempt();
@@ -57,15 +62,19 @@ Status CatchUpSession::Handle(const Event& event) {
       return event.status;
     case Event::Kind::kPlanLoaded:
       if (event.plan != plan_) return absl::OkStatus();
-      plan_loaded_ = true;
+      plan_waiting_.erase(event.device);
       return event.status;
     case Event::Kind::kStepDone:
       if (event.attempt != attempt_) return absl::OkStatus();
-      running_ = false;
-      touched_ = event.touched;
+      running_.erase(event.device);
+      if (!event.touched) writers_.erase(event.device);
       return event.status;
     case Event::Kind::kWorkerLost:
-      running_ = false;
+      if (!Devices().contains(event.device)) return absl::OkStatus();
+      running_.erase(event.device);
+      return event.status;
+    case Event::Kind::kShutdown:
+      running_.clear();
       return event.status;
     case Event::Kind::kActorArrived:
     case Event::Kind::kActorLost:
@@ -79,10 +88,7 @@ Status CatchUpSession::Handle(const Event& event) {
 
 Status CatchUpSession::Prepare() {
   const auto& options = host_.options();
-  WEIGHTD_RETURN_IF_ERROR(Wait(options.prepare, "worker", [this] {
-    return std::all_of(view_.targets.begin(), view_.targets.end(),
-                       [this](const TargetView& t) { return host_.Attached(t.rank->member); });
-  }));
+  WEIGHTD_RETURN_IF_ERROR(Wait(options.prepare, "worker", [this] { return Lent(); }));
   host_.ApplyReplica(view_, ReplicaEvent::kCatchUp, absl::OkStatus());
   prepared_ = true;
   for (const TargetView& target : view_.targets) {
@@ -92,41 +98,69 @@ Status CatchUpSession::Prepare() {
   return Wait(options.prepare, "engine", [this] { return waiting_.empty(); });
 }
 
-Status CatchUpSession::Copy(Step step) {
-  const std::shared_ptr<WorkerPort> worker = host_.Worker();
-  if (worker == nullptr) {
-    return Error(StatusCode::kUnavailable, reason::kWorkerLost, "it is being restarted",
-                 "worker is not running: device=host");
+// Target and source lend their memory to the worker that copies.
+bool CatchUpSession::Lent() {
+  bool lent = true;
+  for (size_t i = 0; i < view_.targets.size(); ++i) {
+    lent = host_.Attached(view_.targets[i].rank->member, source_.devices[i]) && lent;
+    if (source_.peers.empty()) continue;
+    lent = host_.Attached(source_.peers[i], source_.devices[i]) && lent;
   }
-  // A plan without tensors: only the parameters of the targets and the members that hold them.
+  return lent;
+}
+
+// A plan without tensors: only the parameters of the targets and the members that hold them.
+WorkerPlan CatchUpSession::MakePlan(Step step) const {
   WorkerPlan plan;
-  plan.handle = plan_ = PlanCache::NextHandle();
+  plan.handle = plan_;
   plan.table = std::make_shared<const TensorTable>();
-  StepCommand command;
-  command.attempt = attempt_;
-  command.plan = plan_;
-  command.version = source_.version;
-  command.peers = source_.peers;
-  command.step = step;
   for (const TargetView& target : view_.targets) {
     auto layout = std::make_shared<RankLayout>();
     layout->coordinates = target.rank->coordinates;
     layout->params = target.rank->params;
-    command.targets.push_back(static_cast<uint32_t>(plan.targets.size()));
     plan.layouts.push_back(std::move(layout));
     plan.targets.push_back(target.rank->member);
+    plan.target_devices.push_back(target.rank->device);
     // Retained copies are kept by label: it names the layout, so that any replica with this layout
     // finds them.
     plan.labels.push_back(step == Step::kCopyPeer
                               ? target.rank->label
                               : fmt::format("{} rank {}", source_.layout_key, plan.labels.size()));
   }
-  worker->SendPlan(plan);
-  WEIGHTD_RETURN_IF_ERROR(Wait(host_.options().prepare, "worker", [this] { return plan_loaded_; }));
-  running_ = true;
-  touched_ = step != Step::kRetain;
-  worker->SendStep(command);
-  return Wait(host_.options().transfer, "worker", [this] { return !running_; });
+  return plan;
+}
+
+Status CatchUpSession::Copy(Step step) {
+  plan_ = PlanCache::NextHandle();
+  const WorkerPlan plan = MakePlan(step);
+  std::map<std::string, std::shared_ptr<WorkerPort>> workers;
+  for (const std::string& device : Devices()) {
+    workers[device] = host_.Worker(device);
+    if (workers[device] != nullptr) continue;
+    return WithPeer(Error(StatusCode::kUnavailable, reason::kWorkerLost, "it is being restarted",
+                          "worker is not running: device={}", device),
+                    "worker " + device);
+  }
+  plan_waiting_ = Devices();
+  for (const auto& [device, worker] : workers) worker->SendPlan(plan);
+  WEIGHTD_RETURN_IF_ERROR(
+      Wait(host_.options().prepare, "worker", [this] { return plan_waiting_.empty(); }));
+  for (const auto& [device, worker] : workers) {
+    StepCommand command;
+    command.attempt = attempt_;
+    command.step = step;
+    command.plan = plan_;
+    command.version = source_.version;
+    for (uint32_t i = 0; i < source_.devices.size(); ++i) {
+      if (source_.devices[i] != device) continue;
+      command.targets.push_back(i);
+      if (!source_.peers.empty()) command.peers.push_back(source_.peers[i]);
+    }
+    running_.insert(device);
+    if (step != Step::kRetain) writers_.insert(device);
+    worker->SendStep(command);
+  }
+  return Wait(host_.options().transfer, "worker", [this] { return running_.empty(); });
 }
 
 Status CatchUpSession::Commit() {
@@ -141,30 +175,46 @@ Status CatchUpSession::Commit() {
   return absl::OkStatus();
 }
 
-void CatchUpSession::Finish(const Status& status) {
-  const std::shared_ptr<WorkerPort> worker = host_.Worker();
-  if (running_ && worker != nullptr) {
-    worker->SendCancel(attempt_);
-    const Status stopped = Wait(milliseconds(3000), "worker", [this] { return !running_; });
-    if (running_) worker->Kill("did not stop writing a cancelled catch-up");
-    (void)stopped;
+// Nobody writes any more when this returns: every worker has answered, or is dead.
+void CatchUpSession::Fence() {
+  for (const std::string& device : running_) {
+    if (const auto worker = host_.Worker(device)) worker->SendCancel(attempt_);
   }
-  if (worker != nullptr && plan_ != 0) worker->SendDropPlan(plan_);
+  const auto deadline = Clock::now() + kFenceLimit;
+  while (!running_.empty()) {
+    const std::optional<Event> event = mailbox_.Wait(deadline);
+    if (!event.has_value()) break;
+    (void)Handle(*event);
+  }
+  for (const std::string& device : running_) {
+    if (const auto worker = host_.Worker(device)) {
+      worker->Kill("did not stop writing a cancelled catch-up");
+    }
+  }
+}
+
+void CatchUpSession::Finish(const Status& status) {
+  Fence();
+  for (const std::string& device : Devices()) {
+    const std::shared_ptr<WorkerPort> worker = host_.Worker(device);
+    if (worker != nullptr && plan_ != 0) worker->SendDropPlan(plan_);
+  }
+  const bool touched = !writers_.empty();
   if (!prepared_) return;
   if (!status.ok()) {
     host_.ApplyReplica(
-        view_, touched_ ? ReplicaEvent::kFailedTouched : ReplicaEvent::kFailedUntouched, status);
+        view_, touched ? ReplicaEvent::kFailedTouched : ReplicaEvent::kFailedUntouched, status);
   }
   ReplicaOutcome outcome;
   outcome.engine = view_.engine;
   outcome.dp_rank = view_.dp_rank;
   outcome.committed = status.ok();
-  outcome.version = status.ok() ? source_.version : touched_ ? 0 : view_.version;
+  outcome.version = status.ok() ? source_.version : touched ? 0 : view_.version;
   outcome.state = host_.StateOf(view_);
   outcome.error = status;
   outcome.verified = status.ok() ? view_.verified() : "";
   for (const TargetView& target : view_.targets) {
-    target.port->SendOutcome(attempt_, outcome, !touched_);
+    target.port->SendOutcome(attempt_, outcome, !touched);
   }
 }
 

@@ -26,7 +26,7 @@ Coordinator::~Coordinator() {
     stopping_ = draining_ = true;
     for (auto& [name, room] : rooms_) {
       Event event;
-      event.kind = Event::Kind::kWorkerLost;
+      event.kind = Event::Kind::kShutdown;
       event.status = Error(StatusCode::kUnavailable, reason::kDraining,
                            "sync again after its restart", "the daemon is shutting down");
       Post(*room, event);
@@ -170,11 +170,12 @@ void Coordinator::Committed(EngineSession& session, AttemptId attempt, const Sta
 
 void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker) {
   const std::lock_guard lock(mu_);
-  worker_ = std::move(worker);
+  const std::string device = worker->device();
+  workers_[device] = std::move(worker);
   for (auto& [id, info] : members_) {
-    info.attached = false;
-    worker_->SendExpect(id, info.token, info.writable, info.label);
-    const WorkerEndpoint endpoint{worker_->socket_path(), info.token, id, worker_->device()};
+    info.attached.erase(device);
+    if (!info.lent.contains(device)) continue;
+    const WorkerEndpoint endpoint = Announce(id, info, device);
     if (auto actor = info.actor.lock()) actor->SendWorkerChanged(endpoint);
     if (auto engine = info.engine.lock()) engine->SendWorkerChanged(endpoint);
   }
@@ -182,43 +183,50 @@ void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker) {
 
 void Coordinator::WorkerDown(const WorkerPort* worker, const Status& cause) {
   const std::lock_guard lock(mu_);
-  if (worker_.get() != worker) return;
-  worker_.reset();
-  for (auto& [id, info] : members_) info.attached = false;
+  const std::string device = worker->device();
+  const auto it = workers_.find(device);
+  if (it == workers_.end() || it->second.get() != worker) return;
+  workers_.erase(it);
+  for (auto& [id, info] : members_) info.attached.erase(device);
   for (auto& [name, room] : rooms_) {
-    room->plans.ForgetLoaded();
-    room->retained_version = 0;
+    room->plans.ForgetLoaded(device);
+    const auto& kept = room->retained_devices;
+    if (std::find(kept.begin(), kept.end(), device) != kept.end()) room->retained_version = 0;
     Event event;
     event.kind = Event::Kind::kWorkerLost;
+    event.device = device;
     event.status = cause;
     Post(*room, event);
   }
 }
 
-void Coordinator::MemberAttached(MemberId member, const Status& status) {
+void Coordinator::MemberAttached(const std::string& device, MemberId member, const Status& status) {
   const std::lock_guard lock(mu_);
   const auto it = members_.find(member);
   if (it == members_.end()) return;
   if (!status.ok()) {
-    spdlog::warn("cannot map a member's memory: {} member={}", Message(status), it->second.label);
+    spdlog::warn("cannot map a member's memory: {} member={} device={}", Message(status),
+                 it->second.label, device);
     return;
   }
-  it->second.attached = true;
+  it->second.attached.insert(device);
   Event event;
   event.kind = Event::Kind::kAttached;
   event.member = member;
+  event.device = device;
   Post(*it->second.room, event);
 }
 
-void Coordinator::MemberLost(MemberId member, const std::string& cause) {
+void Coordinator::MemberLost(const std::string& device, MemberId member, const std::string& cause) {
   const std::lock_guard lock(mu_);
   const auto it = members_.find(member);
   if (it == members_.end()) return;  // it left on purpose
   MemberInfo& info = it->second;
-  info.attached = false;
+  info.attached.erase(device);
   Event event;
   event.kind = info.writable ? Event::Kind::kEngineLost : Event::Kind::kActorLost;
   event.member = member;
+  event.device = device;
   event.status =
       WithPeer(Error(StatusCode::kUnavailable, reason::kPeerLost, "start it again, then sync",
                      "the memory of {} is gone: {}", info.label, cause),
@@ -240,9 +248,13 @@ void Coordinator::Drain(milliseconds limit) {
   });
 }
 
-bool Coordinator::HasWorker() {
+std::vector<std::string> Coordinator::MissingWorkers() {
   const std::lock_guard lock(mu_);
-  return worker_ != nullptr;
+  std::vector<std::string> missing;
+  for (const std::string& device : config_.devices) {
+    if (!workers_.contains(device)) missing.push_back(device);
+  }
+  return missing;
 }
 
 void Coordinator::Observe(const ModelRoom& room, const Replica& replica) {

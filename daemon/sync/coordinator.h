@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -97,6 +98,8 @@ class Coordinator {
     SyncOptions sync;
     uint64_t epoch = 0;
     uint64_t max_tensors = 1'000'000;
+    uint64_t max_sessions = 4096;
+    std::vector<std::string> devices = {kHostDevice};  ///< that workers serve
   };
   Coordinator(Config config, std::shared_ptr<const LoaderRegistry> loaders, VersionStore& store,
               SyncObserver& observer);
@@ -104,39 +107,48 @@ class Coordinator {
   ~Coordinator();
 
   // ---- trainer ranks
-  /// \error DUPLICATE_RANK, WORLD_SIZE, FENCED (see Model::JoinGroup), UNAVAILABLE DRAINING
+  /// \error DUPLICATE_RANK, WORLD_SIZE, FENCED (see Model::JoinGroup), UNAVAILABLE DRAINING,
+  /// RESOURCE_EXHAUSTED TOO_MANY_SESSIONS
   StatusOr<std::shared_ptr<ActorSession>> JoinActor(const ActorIdentity& identity,
                                                     std::shared_ptr<ActorPort> port);
   /// Must the rank send its table? False if the group has one with this digest.
   bool WantsTable(const ActorSession& session, const std::string& digest);
+  /// A client describes this many tensors or parameters, so far.
+  /// \error RESOURCE_EXHAUSTED MESSAGE_TOO_LARGE
+  Status CheckCount(size_t count) const;
   /// \error INVALID_ARGUMENT DUPLICATE_TENSOR, TABLE_MISMATCH naming the first difference,
   /// RESOURCE_EXHAUSTED
-  StatusOr<WorkerEndpoint> RegisterActor(ActorSession& session, const std::string& digest,
+  /// INVALID_ARGUMENT UNKNOWN_DEVICE listing the devices that are served
+  StatusOr<WorkerEndpoint> RegisterActor(ActorSession& session, const std::string& device,
+                                         const std::string& digest,
                                          std::optional<TensorTable> table, RankShards shards);
   void RequestSync(ActorSession& session, SyncRequest request);
   void CancelSync(ActorSession& session);
   void LeaveActor(ActorSession& session, const Status& cause);
 
   // ---- engine ranks
+  /// \error DUPLICATE_RANK, UNAVAILABLE DRAINING, RESOURCE_EXHAUSTED TOO_MANY_SESSIONS
   StatusOr<std::shared_ptr<EngineSession>> JoinEngine(const EngineIdentity& identity,
                                                       std::shared_ptr<EnginePort> port);
-  /// `trace` may be null. A rule file that describes the model wins over it unless `prefer_trace`.
-  /// \error UNKNOWN_ARCHITECTURE, UNKNOWN_PROFILE, CONFIG, DUPLICATE_TENSOR
-  StatusOr<WorkerEndpoint> RegisterEngine(EngineSession& session, EngineModel model,
-                                          std::vector<ParamInfo> params,
-                                          std::shared_ptr<const TracedLayout> trace,
-                                          bool prefer_trace);
+  /// The endpoint of the rank's own device first, then those of devices that write into it. `trace`
+  /// may be null. A rule file that describes the model wins over it unless `prefer_trace`.
+  /// \error UNKNOWN_ARCHITECTURE, UNKNOWN_PROFILE, UNKNOWN_DEVICE, CONFIG, DUPLICATE_TENSOR
+  StatusOr<std::vector<WorkerEndpoint>> RegisterEngine(EngineSession& session,
+                                                       const std::string& device, EngineModel model,
+                                                       std::vector<ParamInfo> params,
+                                                       std::shared_ptr<const TracedLayout> trace,
+                                                       bool prefer_trace);
   void Quiesced(EngineSession& session, AttemptId attempt, const Status& status);
   void Committed(EngineSession& session, AttemptId attempt, const Status& status,
                  std::vector<std::string> caches_reset);
   /// OK as cause means an orderly leave.
   void LeaveEngine(EngineSession& session, const Status& cause);
 
-  // ---- the worker
+  // ---- the workers, one per device
   void WorkerUp(std::shared_ptr<WorkerPort> worker);
   void WorkerDown(const WorkerPort* worker, const Status& cause);
-  void MemberAttached(MemberId member, const Status& status);
-  void MemberLost(MemberId member, const std::string& cause);
+  void MemberAttached(const std::string& device, MemberId member, const Status& status);
+  void MemberLost(const std::string& device, MemberId member, const std::string& cause);
   /// PlanLoaded, Progress and StepDone go to the job that waits for them.
   void WorkerEvent(Event event);
 
@@ -147,7 +159,8 @@ class Coordinator {
   StatusOr<PlanView> Plan(const std::string& model);
   /// Is this replica (or are all of this engine's) SERVING? nullopt: unknown engine.
   std::optional<bool> EngineReady(const std::string& engine);
-  bool HasWorker();
+  /// Served devices whose worker is not attached.
+  std::vector<std::string> MissingWorkers();
   uint64_t epoch() const { return config_.epoch; }
 
   /// Refuses new sessions and syncs, waits until running jobs have ended or `limit` has passed.
@@ -159,7 +172,9 @@ class Coordinator {
     std::string token;
     std::string label;
     bool writable = false;
-    bool attached = false;
+    std::string device;              ///< of its memory
+    std::set<std::string> lent;      ///< devices whose workers it lends its memory to
+    std::set<std::string> attached;  ///< of these, whose workers have mapped it
     ModelRoom* room = nullptr;
     std::weak_ptr<ActorPort> actor;
     std::weak_ptr<EnginePort> engine;
@@ -175,7 +190,14 @@ class Coordinator {
   friend struct ModelRoom;
 
   ModelRoom& RoomFor(const std::string& model);
-  WorkerEndpoint AddMember(ModelRoom& room, const std::string& label, bool writable);
+  Status CheckJoin() const;
+  WorkerEndpoint AddMember(ModelRoom& room, const std::string& device, const std::string& label,
+                           bool writable);
+  Status CheckDevice(const std::string& device, const std::string& label) const;
+  WorkerEndpoint Announce(MemberId member, MemberInfo& info, const std::string& device);
+  void LendTo(MemberId member, MemberInfo& info, const std::string& device);
+  void LendToTrainer(ModelRoom& room, const std::string& device);
+  std::set<std::string> TrainerDevices(const ModelRoom& room) const;
   void RemoveMember(MemberId member);
   void Post(ModelRoom& room, const Event& event);
   void Enqueue(ModelRoom& room, Job job);
@@ -204,9 +226,10 @@ class Coordinator {
   std::map<std::string, std::unique_ptr<ModelRoom>> rooms_;
   std::map<MemberId, MemberInfo> members_;
   std::map<MemberId, std::shared_ptr<EnginePort>> engine_ports_;
-  std::shared_ptr<WorkerPort> worker_;
+  std::map<std::string, std::shared_ptr<WorkerPort>> workers_;  // by device; only those attached
   uint64_t next_member_ = 1;
   uint64_t next_attempt_ = 1;
+  uint64_t sessions_ = 0;
   bool draining_ = false;
   bool stopping_ = false;
 };
@@ -227,9 +250,10 @@ struct ModelRoom {
   Clock::time_point phase_start;
   std::deque<SyncReport> history;  // latest first
   double last_bytes_per_second = 0;
-  uint64_t retained_version = 0;  // of the host copy that the worker keeps; 0 = none
+  uint64_t retained_version = 0;  // of the host copy that workers keep; 0 = none
   std::string retained_layout;
-  std::jthread thread;  // last: joined before the rest goes
+  std::vector<std::string> retained_devices;  // whose workers keep it, per rank
+  std::jthread thread;                        // last: joined before the rest goes
 };
 
 }  // namespace weightd

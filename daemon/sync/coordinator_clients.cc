@@ -1,4 +1,5 @@
 // The coordinator's dealings with clients: joining, registering, leaving.
+#include <algorithm>
 #include <random>
 #include <unordered_set>
 
@@ -30,12 +31,35 @@ Status CheckUnique(const Items& items, const char* what) {
 
 }  // namespace
 
-StatusOr<std::shared_ptr<ActorSession>> Coordinator::JoinActor(const ActorIdentity& identity,
-                                                               std::shared_ptr<ActorPort> port) {
-  const std::lock_guard lock(mu_);
+// Whether one more client may join. \pre locked
+Status Coordinator::CheckJoin() const {
   if (draining_) {
     return Error(StatusCode::kUnavailable, reason::kDraining, "connect again after its restart",
                  "the daemon is shutting down");
+  }
+  if (sessions_ < config_.max_sessions) return absl::OkStatus();
+  return Error(StatusCode::kResourceExhausted, reason::kTooManySessions,
+               "raise limits.max_sessions in the daemon's configuration, or stop other clients",
+               "too many trainer and engine ranks are connected: limit={}", config_.max_sessions);
+}
+
+Status Coordinator::CheckCount(size_t count) const {
+  if (count <= config_.max_tensors) return absl::OkStatus();
+  return Error(StatusCode::kResourceExhausted, reason::kMessageTooLarge,
+               "raise limits.max_tensors in the daemon's configuration",
+               "too many tensors or parameters: limit={}", config_.max_tensors);
+}
+
+StatusOr<std::shared_ptr<ActorSession>> Coordinator::JoinActor(const ActorIdentity& identity,
+                                                               std::shared_ptr<ActorPort> port) {
+  const std::lock_guard lock(mu_);
+  WEIGHTD_RETURN_IF_ERROR(CheckJoin());
+  if (static_cast<uint64_t>(std::max(identity.world_size, 0)) > config_.max_sessions) {
+    return Error(StatusCode::kInvalidArgument, reason::kWorldSize,
+                 "pass the world size of the trainer, or raise limits.max_sessions in the daemon's "
+                 "configuration",
+                 "world size is beyond the daemon's limit: world_size={} limit={}",
+                 identity.world_size, config_.max_sessions);
   }
   ModelRoom& room = RoomFor(identity.model);
   auto session = std::make_shared<ActorSession>();
@@ -45,6 +69,7 @@ StatusOr<std::shared_ptr<ActorSession>> Coordinator::JoinActor(const ActorIdenti
   session->identity = identity;
   session->port = std::move(port);
   session->room = &room;
+  ++sessions_;
   return session;
 }
 
@@ -60,12 +85,6 @@ Status Coordinator::CheckTable(const ActorGroup& group, const std::string& diges
     if (group.table != nullptr && group.table_digest == digest) return absl::OkStatus();
     return Error(StatusCode::kInvalidArgument, reason::kProtocol,
                  "use the client library of this release", "{} registered without a table", label);
-  }
-  if (table->size() > config_.max_tensors) {
-    return Error(StatusCode::kResourceExhausted, reason::kMessageTooLarge,
-                 "raise limits.max_tensors in the daemon's configuration",
-                 "too many tensors: {} registers {}, the limit is {}", label, table->size(),
-                 config_.max_tensors);
   }
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(*table, "tensor"));
   const bool alone = group.registered() == 0;
@@ -92,6 +111,7 @@ Status Coordinator::CheckTable(const ActorGroup& group, const std::string& diges
 }
 
 StatusOr<WorkerEndpoint> Coordinator::RegisterActor(ActorSession& session,
+                                                    const std::string& device,
                                                     const std::string& digest,
                                                     std::optional<TensorTable> table,
                                                     RankShards shards) {
@@ -101,6 +121,7 @@ StatusOr<WorkerEndpoint> Coordinator::RegisterActor(ActorSession& session,
     const std::lock_guard lock(mu_);
     ActorGroup& group = *session.group;
     label = fmt::format("actor {}", session.identity.rank);
+    WEIGHTD_RETURN_IF_ERROR(CheckDevice(device, label));
     WEIGHTD_RETURN_IF_ERROR(WithRank(CheckTable(group, digest, table, label), label));
     if (table.has_value()) {
       group.table = std::make_shared<const TensorTable>(*std::move(table));
@@ -112,7 +133,7 @@ StatusOr<WorkerEndpoint> Coordinator::RegisterActor(ActorSession& session,
                    label, shards.first.size() - 1, group.table->size());
     }
     if (session.member != MemberId::kNone) RemoveMember(session.member);
-    endpoint = AddMember(*session.room, label, false);
+    endpoint = AddMember(*session.room, device, label, false);
     session.member = endpoint.member;
     members_[session.member].actor = session.port;
     auto rank = std::make_shared<ActorRank>();
@@ -120,8 +141,10 @@ StatusOr<WorkerEndpoint> Coordinator::RegisterActor(ActorSession& session,
     rank->rank = session.identity.rank;
     rank->label = label;
     rank->process = session.identity.process;
+    rank->device = device;
     rank->shards = std::move(shards);
     session.room->model.SetActor(group, std::move(rank));
+    LendToTrainer(*session.room, device);
   }
   Failpoint("registered");
   return endpoint;
@@ -143,15 +166,13 @@ void Coordinator::LeaveActor(ActorSession& session, const Status& cause) {
   if (session.member != MemberId::kNone) RemoveMember(session.member);
   session.room->model.LeaveGroup(session.group, session.identity.rank);
   session.room = nullptr;
+  --sessions_;
 }
 
 StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIdentity& identity,
                                                                  std::shared_ptr<EnginePort> port) {
   const std::lock_guard lock(mu_);
-  if (draining_) {
-    return Error(StatusCode::kUnavailable, reason::kDraining, "connect again after its restart",
-                 "the daemon is shutting down");
-  }
+  WEIGHTD_RETURN_IF_ERROR(CheckJoin());
   ModelRoom& room = RoomFor(identity.model);
   auto session = std::make_shared<EngineSession>();
   WEIGHTD_ASSIGN_OR_RETURN(
@@ -160,17 +181,17 @@ StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIde
   session->identity = identity;
   session->port = std::move(port);
   session->room = &room;
+  ++sessions_;
   return session;
 }
 
-StatusOr<WorkerEndpoint> Coordinator::RegisterEngine(EngineSession& session, EngineModel model,
-                                                     std::vector<ParamInfo> params,
-                                                     std::shared_ptr<const TracedLayout> trace,
-                                                     bool prefer_trace) {
-  const auto loader = loaders_->Find(model.architecture, model.profile);
-  model.traced = trace != nullptr && (prefer_trace || !loader.ok());
+StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
+    EngineSession& session, const std::string& device, EngineModel model,
+    std::vector<ParamInfo> params, std::shared_ptr<const TracedLayout> trace, bool prefer_trace) {
+  const Status found = loaders_->CheckProfile(model.architecture, model.profile, params);
+  model.traced = trace != nullptr && (prefer_trace || !found.ok());
   if (!model.traced) {
-    WEIGHTD_RETURN_IF_ERROR(loader.status());
+    WEIGHTD_RETURN_IF_ERROR(found);
     trace = nullptr;
   }
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(params, "parameter"));
@@ -178,36 +199,43 @@ StatusOr<WorkerEndpoint> Coordinator::RegisterEngine(EngineSession& session, Eng
     return Error(StatusCode::kInvalidArgument, reason::kConfig, "use commit_mode \"in_place\"",
                  "commit mode is not supported: {}", model.commit_mode);
   }
-  WorkerEndpoint endpoint;
+  std::vector<WorkerEndpoint> endpoints;
   {
     const std::lock_guard lock(mu_);
     const EngineIdentity& identity = session.identity;
-    if (session.member != MemberId::kNone) RemoveMember(session.member);
     const std::string label =
         fmt::format("engine {} dp {} pp {} tp {}", identity.engine, identity.coordinates.dp_rank,
                     identity.coordinates.pp_rank, identity.coordinates.tp_rank);
-    endpoint = AddMember(*session.room, label, true);
-    session.member = endpoint.member;
-    members_[session.member].engine = session.port;
+    WEIGHTD_RETURN_IF_ERROR(CheckDevice(device, label));
+    if (session.member != MemberId::kNone) RemoveMember(session.member);
+    endpoints.push_back(AddMember(*session.room, device, label, true));
+    session.member = endpoints.front().member;
+    MemberInfo& info = members_[session.member];
+    info.engine = session.port;
     engine_ports_[session.member] = session.port;
     auto rank = std::make_shared<EngineRank>();
     rank->member = session.member;
     rank->coordinates = identity.coordinates;
     rank->label = label;
     rank->process = identity.process;
+    rank->device = device;
     rank->params = std::move(params);
     rank->traced = std::move(trace);
     rank->held_version = identity.held_version;
     rank->dirty = identity.dirty;
     WEIGHTD_RETURN_IF_ERROR(
         session.room->model.SetEngine(*session.replica, model, std::move(rank)));
-    session.replica->loader = model.traced ? kTracedOrigin : (*loader)->origin();
+    if (model.traced) session.replica->loader = kTracedOrigin;
+    for (const std::string& writer : TrainerDevices(*session.room)) {
+      if (info.lent.contains(writer) || !ChoosePath({writer}, {device}).ok()) continue;
+      endpoints.push_back(Announce(session.member, info, writer));
+    }
     Observe(*session.room, *session.replica);
     const bool catches_up = MaybeCatchUp(*session.room, session.replica);
     if (!catches_up && session.replica->complete()) TellIdle(ViewOf(session.replica));
   }
   Failpoint("registered");
-  return endpoint;
+  return endpoints;
 }
 
 void Coordinator::LeaveEngine(EngineSession& session, const Status& cause) {
@@ -230,29 +258,76 @@ void Coordinator::LeaveEngine(EngineSession& session, const Status& cause) {
                                    cause.ok() ? absl::OkStatus() : event.status);
   Observe(*session.room, *session.replica);
   session.room = nullptr;
+  --sessions_;
 }
 
-WorkerEndpoint Coordinator::AddMember(ModelRoom& room, const std::string& label, bool writable) {
-  WorkerEndpoint endpoint;
-  endpoint.member = static_cast<MemberId>(next_member_++);
-  endpoint.token = RandomToken();
-  MemberInfo& info = members_[endpoint.member];
-  info.token = endpoint.token;
+Status Coordinator::CheckDevice(const std::string& device, const std::string& label) const {
+  const auto& served = config_.devices;
+  if (std::find(served.begin(), served.end(), device) != served.end()) return absl::OkStatus();
+  return WithRank(
+      Error(StatusCode::kInvalidArgument, reason::kUnknownDevice,
+            "pass the device that holds the memory, or name it in worker.devices of "
+            "the daemon's configuration",
+            "no worker serves the device: {}; served are {}", device, fmt::join(served, ", ")),
+      label);
+}
+
+WorkerEndpoint Coordinator::AddMember(ModelRoom& room, const std::string& device,
+                                      const std::string& label, bool writable) {
+  const auto member = static_cast<MemberId>(next_member_++);
+  MemberInfo& info = members_[member];
+  info.token = RandomToken();
   info.label = label;
   info.writable = writable;
+  info.device = device;
   info.room = &room;
-  if (worker_ != nullptr) {
-    endpoint.socket_path = worker_->socket_path();
-    endpoint.device = worker_->device();
-    worker_->SendExpect(endpoint.member, endpoint.token, writable, label);
-  }
+  return Announce(member, info, device);
+}
+
+/// The member lends its memory to this device's worker, which is told if it runs; otherwise both
+/// are when it comes up.
+WorkerEndpoint Coordinator::Announce(MemberId member, MemberInfo& info, const std::string& device) {
+  info.lent.insert(device);
+  WorkerEndpoint endpoint{"", info.token, member, device};
+  const auto it = workers_.find(device);
+  if (it == workers_.end()) return endpoint;
+  endpoint.socket_path = it->second->socket_path();
+  it->second->SendExpect(member, info.token, info.writable, info.label);
   return endpoint;
 }
 
+/// Announces the member to one more worker and tells its client, once.
+void Coordinator::LendTo(MemberId member, MemberInfo& info, const std::string& device) {
+  if (info.lent.contains(device)) return;
+  const WorkerEndpoint endpoint = Announce(member, info, device);
+  if (endpoint.socket_path.empty()) return;
+  if (auto engine = info.engine.lock()) engine->SendWorkerChanged(endpoint);
+}
+
+/// A trainer rank has its memory on `device`: that device's worker will write into the engines.
+void Coordinator::LendToTrainer(ModelRoom& room, const std::string& device) {
+  for (auto& [member, info] : members_) {
+    if (info.room != &room || !info.writable) continue;
+    if (ChoosePath({device}, {info.device}).ok()) LendTo(member, info, device);
+  }
+}
+
+std::set<std::string> Coordinator::TrainerDevices(const ModelRoom& room) const {
+  std::set<std::string> devices;
+  for (const auto& [member, info] : members_) {
+    if (info.room == &room && !info.writable) devices.insert(info.device);
+  }
+  return devices;
+}
+
 void Coordinator::RemoveMember(MemberId member) {
-  members_.erase(member);
+  const auto info = members_.extract(member);
   engine_ports_.erase(member);
-  if (worker_ != nullptr) worker_->SendForget(member);
+  if (info.empty()) return;
+  for (const std::string& device : info.mapped().lent) {
+    const auto it = workers_.find(device);
+    if (it != workers_.end()) it->second->SendForget(member);
+  }
 }
 
 }  // namespace weightd

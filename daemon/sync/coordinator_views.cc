@@ -6,6 +6,15 @@
 #include "daemon/sync/room_host.h"
 
 namespace weightd {
+namespace {
+
+std::vector<std::string> DevicesOf(const ReplicaView& view) {
+  std::vector<std::string> devices;
+  for (const TargetView& target : view.targets) devices.push_back(target.rank->device);
+  return devices;
+}
+
+}  // namespace
 
 GroupView Coordinator::ViewOf(const ActorGroup& group) const {
   GroupView view;
@@ -119,12 +128,12 @@ std::optional<CatchUpSource> Coordinator::FindCatchUp(const ModelRoom& room,
         peer.version != version || room.model.name() + " " + LayoutKey(peer) != key) {
       continue;
     }
-    CatchUpSource source{.version = version, .layout_key = key};
+    CatchUpSource source{.version = version, .layout_key = key, .devices = DevicesOf(view)};
     for (const TargetView& target : peer.targets) source.peers.push_back(target.rank->member);
     return source;
   }
   if (room.retained_version == version && version > 0 && room.retained_layout == key) {
-    return CatchUpSource{.version = version, .layout_key = key};
+    return CatchUpSource{.version = version, .layout_key = key, .devices = room.retained_devices};
   }
   return std::nullopt;
 }
@@ -180,8 +189,9 @@ void Coordinator::RunRetain(ModelRoom& room, const Job& job, std::unique_lock<st
   const std::string key = room.model.name() + " " + LayoutKey(view);
   room.retained_version = 0;
   lock.unlock();
+  const std::vector<std::string> devices = DevicesOf(view);
   CatchUpSession session(*job.host, *job.mailbox, view,
-                         {.version = job.version, .layout_key = key});
+                         {.version = job.version, .layout_key = key, .devices = devices});
   const Status status = session.Retain();
   lock.lock();
   if (!status.ok()) {
@@ -189,8 +199,11 @@ void Coordinator::RunRetain(ModelRoom& room, const Job& job, std::unique_lock<st
                  job.version);
     return;
   }
+  spdlog::info("a copy is kept for late engines: model={} version={} devices={}", room.model.name(),
+               job.version, fmt::join(devices, ","));
   room.retained_version = job.version;
   room.retained_layout = key;
+  room.retained_devices = devices;
   for (const auto& replica : room.model.replicas()) (void)MaybeCatchUp(room, replica);
 }
 

@@ -20,17 +20,19 @@ struct Event {
     kActorArrived,  ///< member asked for this sync
     kActorLost,     ///< member's process or memory is gone; status says why
     kEngineLost,    ///< likewise for an engine rank
-    kAttached,      ///< member's memory is mapped by the worker
+    kAttached,      ///< member's memory is mapped by the worker of device
     kCancelled,     ///< an actor asked to stop; member
     kQuiesced,      ///< member, attempt, status
     kCommitted,     ///< member, attempt, status, caches
-    kPlanLoaded,    ///< plan, digest, status
-    kProgress,      ///< attempt, bytes
-    kStepDone,      ///< attempt, step, status, digests, touched
-    kWorkerLost,    ///< status
+    kPlanLoaded,    ///< device, plan, digest, status
+    kProgress,      ///< device, attempt, bytes
+    kStepDone,      ///< device, attempt, step, status, digests, shard_words, touched
+    kWorkerLost,    ///< device, status
+    kShutdown,      ///< the daemon ends and its workers with it; status
   };
   Kind kind = Kind::kCancelled;
   MemberId member = MemberId::kNone;
+  std::string device;  ///< of the worker that reports
   AttemptId attempt;
   Status status;
   uint64_t plan = 0;
@@ -38,6 +40,7 @@ struct Event {
   uint64_t bytes = 0;
   Step step = Step::kTransfer;
   std::vector<TargetDigests> digests;
+  std::vector<uint64_t> shard_words;
   bool touched = false;
   std::vector<std::string> caches;
 };

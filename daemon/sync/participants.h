@@ -2,11 +2,14 @@
 // and changes the coordinator's state.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "daemon/layout/loader.h"
+#include "daemon/plan/data_path.h"
 #include "daemon/plan/plan_compiler.h"
 #include "daemon/registry/model.h"
 #include "daemon/sync/ports.h"
@@ -64,7 +67,8 @@ struct ResolvedReplica {
   std::string loader;      ///< origin of the rule file, or kTracedOrigin
   std::string layout_key;  ///< equal for replicas with equal layouts, whose digests are comparable
   std::vector<std::shared_ptr<const RankLayout>> layouts;  ///< in (pp, tp) order
-  std::vector<uint32_t> skipped;                           ///< source tensors that a rule skips
+  std::vector<size_t> num_tensors;  ///< per layout: source tensors that it reads
+  std::vector<uint32_t> skipped;    ///< source tensors that a rule skips
 };
 
 /// What it takes to sync one group into one replica; cached, replayed at every sync.
@@ -72,6 +76,12 @@ struct ReplicaPlan {
   std::shared_ptr<const ResolvedReplica> resolved;
   std::shared_ptr<const CompiledPlan> compiled;
   std::shared_ptr<const WorkerPlan> worker;
+  std::vector<WorkerShare> shares;  ///< of all devices that the plan touches
+  std::map<std::pair<std::string, std::string>, PathChoice> paths;  ///< (source, target device)
+  std::map<std::string, uint64_t> path_bytes;                       ///< landed, by name of the path
+
+  /// Does the worker of this device take part?
+  bool Uses(const std::string& device) const;
 };
 
 /// How a session reads and changes the coordinator's state. Each call takes the coordinator's lock;
@@ -85,7 +95,8 @@ class SessionHost {
   /// A registered replica that waits for ranks, e.g. "engine e0 dp 0"; "" if there is none.
   virtual std::string IncompleteReplica() { return ""; }
   virtual AttemptId NextAttempt() = 0;
-  virtual std::shared_ptr<WorkerPort> Worker() = 0;
+  /// nullptr while the worker of this device is not running.
+  virtual std::shared_ptr<WorkerPort> Worker(const std::string& device) = 0;
   virtual Status AdmitVersion(uint64_t version) = 0;
   virtual Status CheckRetry(uint64_t version, const std::string& layout, uint64_t digest) = 0;
   /// Applies the state table to the replica unless it has changed since the view (then GONE wins
@@ -103,12 +114,13 @@ class SessionHost {
   /// the planner refuses
   virtual StatusOr<std::shared_ptr<const ReplicaPlan>> PlanFor(const GroupView& group,
                                                                const ReplicaView& replica) = 0;
-  /// True once the worker has mapped the member's memory.
-  virtual bool Attached(MemberId member) = 0;
-  /// True if the current worker has confirmed this plan already; otherwise the session must send
-  /// it.
-  virtual bool PlanLoaded(uint64_t handle) = 0;
-  virtual void MarkPlanLoaded(uint64_t handle) = 0;
+  /// True once the worker of `device` has mapped the member's memory. A client that has not been
+  /// told to lend it there is told now.
+  virtual bool Attached(MemberId member, const std::string& device) = 0;
+  /// True if the device's current worker has confirmed this plan already; otherwise the session
+  /// must send it.
+  virtual bool PlanLoaded(uint64_t handle, const std::string& device) = 0;
+  virtual void MarkPlanLoaded(uint64_t handle, const std::string& device) = 0;
   /// Makes `version` durable as possibly consumed; logs if that fails. May block on the disk;
   /// called beside the transfer, by another thread.
   virtual void ReserveVersion(uint64_t version) = 0;

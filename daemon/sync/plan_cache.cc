@@ -9,6 +9,37 @@ std::string Hex(std::span<const uint8_t> bytes) {
   return fmt::format("{:02x}", fmt::join(bytes, ""));
 }
 
+/// How many of a table's tensors a layout reads.
+size_t NumTensors(const RankLayout& layout, size_t table_size) {
+  std::vector<bool> read(table_size);
+  for (const Write& write : layout.writes) {
+    if (!write.zero_fill) read[write.tensor] = true;
+  }
+  return static_cast<size_t>(std::count(read.begin(), read.end(), true));
+}
+
+/// Chooses the path of every pair of devices between which bytes move.
+Status ChoosePaths(const CompiledPlan& compiled, const WorkerPlan& worker, ReplicaPlan& plan) {
+  for (size_t target = 0; target < worker.targets.size(); ++target) {
+    for (size_t actor = 0; actor < compiled.num_actors; ++actor) {
+      const PairTraffic& traffic = compiled.pair(actor, target);
+      if (traffic.boxes == 0) continue;
+      const Place from{worker.source_devices[actor]};
+      const Place to{worker.target_devices[target]};
+      StatusOr<PathChoice> choice = ChoosePath(from, to);
+      if (!choice.ok()) return WithRank(choice.status(), worker.labels[target]);
+      plan.path_bytes[std::string(Name(choice->path))] += traffic.bytes;
+      plan.paths.emplace(std::pair(from.device, to.device), *std::move(choice));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void AddLayout(RankLayout layout, const GroupView& group, ResolvedReplica* resolved) {
+  resolved->num_tensors.push_back(NumTensors(layout, group.table->size()));
+  resolved->layouts.push_back(std::make_shared<const RankLayout>(std::move(layout)));
+}
+
 /// The layouts that a replica's ranks saw their engine's loader produce.
 Status ResolveTraced(const GroupView& group, const ReplicaView& replica,
                      ResolvedReplica* resolved) {
@@ -17,7 +48,7 @@ Status ResolveTraced(const GroupView& group, const ReplicaView& replica,
     const EngineRank& rank = *target.rank;
     StatusOr<RankLayout> layout = binder.Lower(*rank.traced, rank.coordinates, rank.params);
     if (!layout.ok()) return WithRank(layout.status(), rank.label);
-    resolved->layouts.push_back(std::make_shared<const RankLayout>(*std::move(layout)));
+    AddLayout(*std::move(layout), group, resolved);
   }
   resolved->loader = kTracedOrigin;
   WEIGHTD_ASSIGN_OR_RETURN(resolved->skipped, binder.Skipped());
@@ -39,7 +70,7 @@ Status ResolveRules(const LoaderRegistry& loaders, const GroupView& group,
   for (const TargetView& target : replica.targets) {
     StatusOr<RankLayout> layout = bound->Lower(target.rank->coordinates, target.rank->params);
     if (!layout.ok()) return WithRank(layout.status(), target.rank->label);
-    resolved->layouts.push_back(std::make_shared<const RankLayout>(*std::move(layout)));
+    AddLayout(*std::move(layout), group, resolved);
   }
   return absl::OkStatus();
 }
@@ -110,6 +141,7 @@ StatusOr<std::shared_ptr<const ReplicaPlan>> PlanCache::Compile(
     shards.push_back(rank->shards);
     worker->shards.emplace_back(rank, &rank->shards);
     worker->sources.push_back(rank->member);
+    worker->source_devices.push_back(rank->device);
   }
   std::vector<const RankLayout*> layouts;
   for (size_t i = 0; i < replica.targets.size(); ++i) {
@@ -117,13 +149,16 @@ StatusOr<std::shared_ptr<const ReplicaPlan>> PlanCache::Compile(
     worker->layouts.push_back(resolved->layouts[i]);
     worker->targets.push_back(replica.targets[i].rank->member);
     worker->labels.push_back(replica.targets[i].rank->label);
+    worker->target_devices.push_back(replica.targets[i].rank->device);
   }
   worker->limits = limits_;
   WEIGHTD_ASSIGN_OR_RETURN(CompiledPlan compiled,
                            CompilePlan(*group.table, shards, layouts, resolved->skipped, limits_));
   worker->digest = compiled.digest;
-  on_compiled_(static_cast<double>(MicrosSince(start)) * 1e-6);
   auto plan = std::make_shared<ReplicaPlan>();
+  WEIGHTD_RETURN_IF_ERROR(ChoosePaths(compiled, *worker, *plan));
+  plan->shares = ShareWork(compiled, worker->source_devices, worker->target_devices);
+  on_compiled_(static_cast<double>(MicrosSince(start)) * 1e-6);
   plan->resolved = std::move(resolved);
   plan->compiled = std::make_shared<const CompiledPlan>(std::move(compiled));
   plan->worker = std::move(worker);
@@ -137,19 +172,19 @@ std::shared_ptr<const ReplicaPlan> PlanCache::Find(const GroupView& group,
   return it == entries_.end() ? nullptr : it->second.plan;
 }
 
-bool PlanCache::Loaded(uint64_t handle) const {
+bool PlanCache::Loaded(uint64_t handle, const std::string& device) const {
   const std::lock_guard lock(mu_);
-  return loaded_.contains(handle);
+  return loaded_.contains({handle, device});
 }
 
-void PlanCache::MarkLoaded(uint64_t handle) {
+void PlanCache::MarkLoaded(uint64_t handle, const std::string& device) {
   const std::lock_guard lock(mu_);
-  loaded_.insert(handle);
+  loaded_.emplace(handle, device);
 }
 
-void PlanCache::ForgetLoaded() {
+void PlanCache::ForgetLoaded(const std::string& device) {
   const std::lock_guard lock(mu_);
-  loaded_.clear();
+  std::erase_if(loaded_, [&](const auto& entry) { return entry.second == device; });
 }
 
 std::vector<uint64_t> PlanCache::Trim(const GroupView& group,
@@ -163,7 +198,9 @@ std::vector<uint64_t> PlanCache::Trim(const GroupView& group,
     if (item.second.plan != nullptr) dropped.push_back(item.second.plan->worker->handle);
     return true;
   });
-  for (uint64_t handle : dropped) loaded_.erase(handle);
+  for (uint64_t handle : dropped) {
+    std::erase_if(loaded_, [handle](const auto& entry) { return entry.first == handle; });
+  }
   return dropped;
 }
 

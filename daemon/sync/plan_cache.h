@@ -8,6 +8,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "daemon/sync/participants.h"
 
@@ -31,21 +32,22 @@ class PlanCache {
                                                            const ReplicaView& replica);
 
   /// \pre Resolve(group, replica).ok()
-  /// \error INVALID_ARGUMENT from the planner
+  /// \error INVALID_ARGUMENT from the planner; FAILED_PRECONDITION NO_PATH if some of the bytes
+  /// have no way from their source's device to the engine's
   StatusOr<std::shared_ptr<const ReplicaPlan>> Plan(const GroupView& group,
                                                     const ReplicaView& replica);
 
   /// Only what is cached: nullptr if this pair has not been planned.
   std::shared_ptr<const ReplicaPlan> Find(const GroupView& group, const ReplicaView& replica) const;
 
-  /// Whether the current worker holds the plan.
-  bool Loaded(uint64_t handle) const;
-  void MarkLoaded(uint64_t handle);
+  /// Whether the current worker of this device holds the plan.
+  bool Loaded(uint64_t handle, const std::string& device) const;
+  void MarkLoaded(uint64_t handle, const std::string& device);
   /// A new worker holds nothing.
-  void ForgetLoaded();
+  void ForgetLoaded(const std::string& device);
 
   /// Drops entries of other generations of this group and of replicas that `alive` does not know.
-  /// Returns the handles of the plans dropped, for the worker.
+  /// Returns the handles of the plans dropped, for the workers.
   std::vector<uint64_t> Trim(const GroupView& group, const std::vector<ReplicaView>& alive);
 
   /// Handles are unique in this process.
@@ -67,7 +69,7 @@ class PlanCache {
 
   mutable std::mutex mu_;
   std::map<std::string, Entry> entries_;
-  std::set<uint64_t> loaded_;
+  std::set<std::pair<uint64_t, std::string>> loaded_;  // (handle, device)
 };
 
 }  // namespace weightd

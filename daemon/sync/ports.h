@@ -18,9 +18,9 @@
 
 namespace weightd {
 
-/// How a client reaches its worker; see weightd.v1.WorkerEndpoint.
+/// How a client reaches a worker; see weightd.v1.WorkerEndpoint.
 struct WorkerEndpoint {
-  std::string socket_path;
+  std::string socket_path;  ///< empty while the worker is not running
   std::string token;
   MemberId member = MemberId::kNone;
   std::string device;
@@ -46,6 +46,7 @@ struct SyncReport {
   std::vector<ReplicaOutcome> replicas;
   std::vector<std::pair<Phase, uint64_t>> phases;  ///< microseconds, in order
   uint64_t bytes = 0;                              ///< landed, all replicas
+  std::map<std::string, uint64_t> path_bytes;      ///< the same by path, zero fill left out
 };
 
 struct SyncProgress {
@@ -82,9 +83,11 @@ struct WorkerPlan {
   std::shared_ptr<const TensorTable> table;
   std::vector<std::shared_ptr<const RankShards>> shards;   ///< per actor rank
   std::vector<MemberId> sources;                           ///< per actor rank
+  std::vector<std::string> source_devices;                 ///< per actor rank
   std::vector<std::shared_ptr<const RankLayout>> layouts;  ///< per engine rank
   std::vector<MemberId> targets;                           ///< per engine rank
   std::vector<std::string> labels;                         ///< per engine rank
+  std::vector<std::string> target_devices;                 ///< per engine rank
   WindowLimits limits;
   Digest128 digest{};
 };
@@ -109,7 +112,7 @@ struct StepCommand {
   milliseconds deadline{0};
 };
 
-/// A worker process. All calls return at once; any thread.
+/// A worker process, one per device. All calls return at once; any thread.
 class WorkerPort {
  public:
   virtual ~WorkerPort() = default;

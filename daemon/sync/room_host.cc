@@ -14,16 +14,16 @@ GroupView RoomHost::ViewGroup() {
 std::vector<ReplicaView> RoomHost::ViewReplicas() {
   std::vector<ReplicaView> views;
   GroupView group;
-  std::shared_ptr<WorkerPort> worker;
+  std::map<std::string, std::shared_ptr<WorkerPort>> workers;
   {
     const std::lock_guard lock(coordinator_.mu_);
     views = coordinator_.ViewsOf(room_);
     if (group_ == nullptr) return views;
     group = coordinator_.ViewOf(*group_);
-    worker = coordinator_.worker_;
+    workers = coordinator_.workers_;
   }
   for (uint64_t handle : room_.plans.Trim(group, views)) {
-    if (worker != nullptr) worker->SendDropPlan(handle);
+    for (const auto& [device, worker] : workers) worker->SendDropPlan(handle);
   }
   return views;
 }
@@ -41,9 +41,10 @@ AttemptId RoomHost::NextAttempt() {
   return {coordinator_.config_.epoch, coordinator_.next_attempt_++};
 }
 
-std::shared_ptr<WorkerPort> RoomHost::Worker() {
+std::shared_ptr<WorkerPort> RoomHost::Worker(const std::string& device) {
   const std::lock_guard lock(coordinator_.mu_);
-  return coordinator_.worker_;
+  const auto it = coordinator_.workers_.find(device);
+  return it == coordinator_.workers_.end() ? nullptr : it->second;
 }
 
 Status RoomHost::AdmitVersion(uint64_t version) {
@@ -114,15 +115,22 @@ StatusOr<std::shared_ptr<const ReplicaPlan>> RoomHost::PlanFor(const GroupView& 
   return room_.plans.Plan(group, replica);
 }
 
-bool RoomHost::Attached(MemberId member) {
+bool RoomHost::Attached(MemberId member, const std::string& device) {
   const std::lock_guard lock(coordinator_.mu_);
   const auto it = coordinator_.members_.find(member);
-  return it != coordinator_.members_.end() && it->second.attached;
+  if (it == coordinator_.members_.end()) return false;
+  if (it->second.attached.contains(device)) return true;
+  coordinator_.LendTo(member, it->second, device);
+  return false;
 }
 
-bool RoomHost::PlanLoaded(uint64_t handle) { return room_.plans.Loaded(handle); }
+bool RoomHost::PlanLoaded(uint64_t handle, const std::string& device) {
+  return room_.plans.Loaded(handle, device);
+}
 
-void RoomHost::MarkPlanLoaded(uint64_t handle) { room_.plans.MarkLoaded(handle); }
+void RoomHost::MarkPlanLoaded(uint64_t handle, const std::string& device) {
+  room_.plans.MarkLoaded(handle, device);
+}
 
 void RoomHost::ReserveVersion(uint64_t version) {
   if (Status status = coordinator_.store_.Save(room_.model.name(), version); !status.ok()) {

@@ -22,7 +22,7 @@ class RoomHost : public SessionHost {
   std::vector<ReplicaView> ViewReplicas() override;
   std::string IncompleteReplica() override;
   AttemptId NextAttempt() override;
-  std::shared_ptr<WorkerPort> Worker() override;
+  std::shared_ptr<WorkerPort> Worker(const std::string& device) override;
   Status AdmitVersion(uint64_t version) override;
   Status CheckRetry(uint64_t version, const std::string& layout, uint64_t digest) override;
   void ApplyReplica(const ReplicaView& view, ReplicaEvent event, const Status& error) override;
@@ -33,9 +33,9 @@ class RoomHost : public SessionHost {
   Status ResolveLayouts(const GroupView& group, const ReplicaView& replica) override;
   StatusOr<std::shared_ptr<const ReplicaPlan>> PlanFor(const GroupView& group,
                                                        const ReplicaView& replica) override;
-  bool Attached(MemberId member) override;
-  bool PlanLoaded(uint64_t handle) override;
-  void MarkPlanLoaded(uint64_t handle) override;
+  bool Attached(MemberId member, const std::string& device) override;
+  bool PlanLoaded(uint64_t handle, const std::string& device) override;
+  void MarkPlanLoaded(uint64_t handle, const std::string& device) override;
   void ReserveVersion(uint64_t version) override;
   void ShowProgress(const SyncProgress& progress, const std::string& waiting_for) override;
   const SyncOptions& options() const override { return coordinator_.config_.sync; }

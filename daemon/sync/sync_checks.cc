@@ -1,6 +1,7 @@
 // What a sync refuses, and how it compares digests. No waiting here.
 #include <algorithm>
 
+#include "daemon/base/failpoint.h"
 #include "daemon/layout/digest.h"
 #include "daemon/sync/sync_session.h"
 
@@ -97,16 +98,87 @@ Status SyncSession::CheckRequired() const {
   return failed->error;
 }
 
+// Once no replica is left that could commit, nothing is worth going on for.
+Status SyncSession::CheckAnyViable() {
+  if (!Viable().empty()) return absl::OkStatus();
+  const auto failed = std::find_if(replicas_.begin(), replicas_.end(),
+                                   [](const ReplicaRun& run) { return !run.viable(); });
+  return failed == replicas_.end() ? absl::OkStatus() : failed->error;
+}
+
+// Words of several workers add up: each copied boxes that no other did.
+Status SyncSession::AddDigests(const TargetDigests& part, std::map<uint32_t, TargetDigests>& sums) {
+  const auto [entry, first] = sums.try_emplace(part.target, part);
+  if (first) return absl::OkStatus();
+  TargetDigests& sum = entry->second;
+  if (sum.tensors != part.tensors || sum.words.size() != part.words.size()) {
+    return Error(StatusCode::kInternal, reason::kPlanMismatch,
+                 "run daemon and workers of one release; report this if they are",
+                 "workers digested different tensors of one engine rank: {} and {}",
+                 sum.tensors.size(), part.tensors.size());
+  }
+  for (size_t i = 0; i < sum.words.size(); ++i) sum.words[i] += part.words[i];
+  return absl::OkStatus();
+}
+
+// Each worker has sent one word per shard that its device and others hold, in the grid's order.
+Status SyncSession::CompareShardWords() const {
+  std::map<std::string, size_t> next;
+  Status status;
+  const auto compare = [&](const SourceGrid::ReplicatedShard& shard) {
+    std::map<std::string, std::string> holders;  // device -> its ranks
+    for (uint32_t rank : shard.ranks) {
+      std::string& list = holders[group_.ranks[rank]->device];
+      list += (list.empty() ? "" : ", ") + group_.ranks[rank]->label;
+    }
+    if (holders.size() == 1 || !status.ok()) return;
+    std::optional<uint64_t> expected;
+    std::string different;
+    for (const auto& [device, ranks] : holders) {
+      const std::vector<uint64_t>& words = shard_words_.at(device);
+      const size_t position = next[device]++;
+      if (position >= words.size()) {
+        status = WithPeer(
+            Error(StatusCode::kInternal, reason::kProtocol, "run daemon and workers of one release",
+                  "worker sent too few words of replicated shards: device={} words={}", device,
+                  words.size()),
+            "worker " + device);
+        return;
+      }
+      if (!expected.has_value()) expected = words[position];
+      if (words[position] != *expected) different += (different.empty() ? "" : ", ") + ranks;
+    }
+    if (different.empty()) return;
+    const std::string& name = (*group_.table)[shard.tensor].name;
+    status = WithRank(
+        WithTensor(Error(StatusCode::kFailedPrecondition, reason::kReplicasDiffer,
+                         "make the replicas equal in the trainer (broadcast parameters), or sync "
+                         "without check_replicas",
+                         "replicated shards differ: tensor={} box={} [{}] differ from [{}]", name,
+                         ToString(shard.box), different, holders.begin()->second),
+                   name),
+        different);
+  };
+  for (const ReplicaRun& run : replicas_) {
+    if (!run.viable() || run.already) continue;
+    run.plan->compiled->grid.ForEachReplicated(compare);
+    break;  // one replica's plan has the grid of them all
+  }
+  return status;
+}
+
 Status SyncSession::CompareDigests(ReplicaRun& run) {
+  if (Mutated("blind_verify")) return absl::OkStatus();
   for (uint32_t i = 0; i < run.view.targets.size(); ++i) {
     const TargetDigests& source = run.source_digests[i];
     const TargetDigests& target = run.target_digests[i];
     const std::string& label = run.view.targets[i].rank->label;
+    const size_t tensors = run.plan->resolved->num_tensors[i];
     if (source.tensors == target.tensors && source.words == target.words &&
-        source.words.size() == source.tensors.size() + 1) {
+        source.tensors.size() == tensors && source.words.size() == tensors + 1) {
       continue;
     }
-    std::string tensor = "zero padding";
+    std::string tensor = source.tensors.size() == tensors ? "zero padding" : "not digested";
     for (size_t k = 0; k < source.tensors.size() && k < target.tensors.size(); ++k) {
       if (source.tensors[k] == target.tensors[k] && source.words[k] == target.words[k]) continue;
       tensor = (*group_.table)[source.tensors[k]].name;
@@ -147,7 +219,7 @@ std::string SyncSession::WaitingFor() const {
     for (const TargetView& target : run.view.targets) {
       if (run.waiting.contains(target.rank->member)) return target.rank->label;
     }
-    if (run.running) return "worker";
+    if (!run.running.empty()) return "worker " + *run.running.begin();
   }
   return "";
 }

@@ -5,11 +5,6 @@
 #include "daemon/sync/sync_session.h"
 
 namespace weightd {
-namespace {
-
-constexpr milliseconds kFenceLimit{3000};
-
-}  // namespace
 
 bool SyncSession::AddRequest(SyncRequest request) {
   const MemberId member = request.member;
@@ -47,16 +42,19 @@ Status SyncSession::Handle(const Event& event) {
     case Event::Kind::kPlanLoaded:
       return OnPlanLoaded(event);
     case Event::Kind::kProgress:
-      last_progress_ = Clock::now();
-      if (run != nullptr) run->bytes_done = event.bytes;
+      last_progress_ = heard_[event.device] = Clock::now();
+      if (run != nullptr) run->bytes_done[event.device] = event.bytes;
       SendProgress();
       return absl::OkStatus();
     case Event::Kind::kStepDone:
       return OnStepDone(event);
     case Event::Kind::kWorkerLost:
-      worker_lost_ = true;
-      for (ReplicaRun& replica : replicas_) replica.running = false;
-      check_done_ = true;
+      for (ReplicaRun& replica : replicas_) replica.running.erase(event.device);
+      return LoseWorker(event.device, event.status);
+    case Event::Kind::kShutdown:
+      for (ReplicaRun& replica : replicas_) replica.running.clear();
+      plans_waiting_.clear();
+      check_waiting_.clear();
       if (phase_ >= Phase::kCommit) return absl::OkStatus();  // bytes are verified already
       return event.status;
   }
@@ -69,43 +67,6 @@ Status SyncSession::ActorLost(MemberId member, const Status& cause) const {
   });
   if (!ours || phase_ >= Phase::kCommit) return absl::OkStatus();
   return cause;
-}
-
-Status SyncSession::OnPlanLoaded(const Event& event) {
-  plans_waiting_.erase(event.plan);
-  for (ReplicaRun* run : Viable()) {
-    if (run->plan == nullptr || run->plan->worker->handle != event.plan) continue;
-    if (!event.status.ok()) {
-      Fail(*run, WithPeer(event.status, "worker"));
-    } else if (event.digest != run->plan->worker->digest) {
-      Fail(*run,
-           WithPeer(Error(StatusCode::kInternal, reason::kPlanMismatch,
-                          "run daemon and workers of one release; report this if they are",
-                          "daemon and worker computed different plans: {}", run->view.label()),
-                    "worker"));
-    } else {
-      host_.MarkPlanLoaded(event.plan);
-    }
-  }
-  return absl::OkStatus();
-}
-
-Status SyncSession::OnStepDone(const Event& event) {
-  if (event.step == Step::kCheckReplicas && event.attempt == check_attempt_) {
-    check_done_ = true;
-    return event.status;
-  }
-  ReplicaRun* run = FindAttempt(event.attempt);
-  if (run == nullptr) return absl::OkStatus();
-  run->running = false;
-  if (event.step == Step::kTransfer) run->touched = event.touched;
-  if (!event.status.ok()) {
-    Fail(*run, event.status);
-    return absl::OkStatus();
-  }
-  auto& digests = event.step == Step::kTransfer ? run->source_digests : run->target_digests;
-  for (const TargetDigests& target : event.digests) digests[target.target] = target;
-  return absl::OkStatus();
 }
 
 void SyncSession::OnEngineLost(const Event& event) {
@@ -122,8 +83,9 @@ void SyncSession::Fail(ReplicaRun& run, Status error) {
   if (!run.viable()) return;
   run.error = WithPhase(std::move(error), Name(phase_));
   run.waiting.clear();
-  if (!run.running) return;
-  if (auto worker = host_.Worker()) worker->SendCancel(run.attempt);
+  for (const std::string& device : run.running) {
+    if (const auto worker = host_.Worker(device)) worker->SendCancel(run.attempt);
+  }
 }
 
 void SyncSession::FailAll(const Status& error) {
@@ -132,44 +94,12 @@ void SyncSession::FailAll(const Status& error) {
   }
 }
 
-// Waits until the worker has answered every step that is out. After this nobody writes for these
-// attempts: either the worker said so, or it is dead.
-void SyncSession::Fence() {
-  const auto running = [this] {
-    return std::any_of(replicas_.begin(), replicas_.end(),
-                       [](const ReplicaRun& run) { return run.running; });
-  };
-  const auto deadline = Clock::now() + kFenceLimit;
-  bool killed = false;
-  while (running()) {
-    const std::optional<Event> event =
-        mailbox_.Wait(killed ? Clock::now() + kFenceLimit : deadline);
-    if (event.has_value()) {
-      (void)Handle(*event);
-      continue;
-    }
-    const auto worker = host_.Worker();
-    if (killed || worker == nullptr)
-      break;  // nothing is left to kill: its loss was reported before
-    worker->Kill("did not stop writing a cancelled attempt");
-    killed = true;
-  }
-}
-
-Status SyncSession::DeadlineError(milliseconds limit, const std::string& peer) const {
+Status SyncSession::DeadlineError(milliseconds limit, const std::string& peer) {
   return WithPeer(
       Error(StatusCode::kDeadlineExceeded, reason::kDeadline,
             "look at the named peer: it is frozen, overloaded or unreachable; then sync again",
-            "no answer from {} within {} s", peer.empty() ? "the worker" : peer,
-            static_cast<double>(limit.count()) / 1000.0),
-      peer.empty() ? "worker" : peer);
-}
-
-Status SyncSession::NoWorkerError() {
-  return WithPeer(Error(StatusCode::kUnavailable, reason::kWorkerLost,
-                        "it is being restarted: sync again; see the daemon's log if it stays away",
-                        "worker is not running: device=host"),
-                  "worker host");
+            "no answer from {} within {} s", peer, static_cast<double>(limit.count()) / 1000.0),
+      peer);
 }
 
 std::vector<SyncSession::ReplicaRun*> SyncSession::Viable() {
@@ -183,7 +113,7 @@ std::vector<SyncSession::ReplicaRun*> SyncSession::Viable() {
 void SyncSession::TellEngines(const ReplicaRun& run, const ReplicaOutcome& outcome) const {
   if (!run.prepared) return SendIdle(run.view, run.error);
   for (const TargetView& target : run.view.targets) {
-    target.port->SendOutcome(run.attempt, outcome, !run.touched);
+    target.port->SendOutcome(run.attempt, outcome, !run.touched());
   }
 }
 
@@ -212,7 +142,7 @@ void SyncSession::SendProgress() {
   progress.phase = phase_;
   progress.bytes_total = TotalBytes();
   for (const ReplicaRun& run : replicas_) {
-    progress.bytes_done += run.bytes_done;
+    for (const auto& [device, bytes] : run.bytes_done) progress.bytes_done += bytes;
     if (progress.attempt == AttemptId{}) progress.attempt = run.attempt;
   }
   host_.ShowProgress(progress, WaitingFor());
@@ -222,36 +152,43 @@ void SyncSession::SendProgress() {
   }
 }
 
-// The waits of the single steps.
-
 Status SyncSession::AwaitMembers() {
   std::vector<std::string> missing;
   WEIGHTD_ASSIGN_OR_RETURN(const bool all, Wait(host_.options().prepare, [&] {
                              missing = MissingMembers();
-                             return missing.empty();
+                             return missing.empty() || Viable().empty();
                            }));
-  if (all) return absl::OkStatus();
+  if (all) return CheckAnyViable();
   return DeadlineError(host_.options().prepare, fmt::format("{}", fmt::join(missing, ", ")));
 }
 
+// Trainer ranks lend their memory to the worker of their own device, engine ranks to every worker
+// that writes into it or verifies it.
 std::vector<std::string> SyncSession::MissingMembers() {
-  std::vector<std::string> missing;
-  for (const auto& rank : group_.ranks) {
-    if (!host_.Attached(rank->member)) missing.push_back(rank->label);
-  }
+  std::set<std::string> missing;
+  const auto require = [&](MemberId member, const std::string& device, const std::string& label) {
+    if (!host_.Attached(member, device)) missing.insert(label);
+  };
+  for (const auto& rank : group_.ranks) require(rank->member, rank->device, rank->label);
   for (const ReplicaRun* run : Viable()) {
-    for (const TargetView& target : run->view.targets) {
-      if (!host_.Attached(target.rank->member)) missing.push_back(target.rank->label);
+    for (const WorkerShare& share : run->plan->shares) {
+      for (const std::vector<uint32_t>* targets : {&share.writes, &share.verifies}) {
+        for (uint32_t target : *targets) {
+          const EngineRank& rank = *run->view.targets[target].rank;
+          require(rank.member, share.device, rank.label);
+        }
+      }
     }
   }
-  return missing;
+  return {missing.begin(), missing.end()};
 }
 
 Status SyncSession::AwaitEngines(milliseconds limit) {
-  const auto settle = [this] {
+  const bool rash = Mutated(phase_ == Phase::kCommit ? "early_ack" : "early_write");
+  const auto settle = [this, rash] {
     bool waiting = false;
     for (ReplicaRun* run : Viable()) {
-      if (!run->waiting.empty()) {
+      if (!run->waiting.empty() && !rash) {
         waiting = true;
       } else if (phase_ == Phase::kCommit && !run->committed) {
         run->committed = true;
@@ -271,54 +208,6 @@ Status SyncSession::AwaitEngines(milliseconds limit) {
     }
   }
   return absl::OkStatus();
-}
-
-Status SyncSession::LoadPlans() {
-  const std::shared_ptr<WorkerPort> worker = host_.Worker();
-  if (worker == nullptr) return NoWorkerError();
-  for (ReplicaRun* run : Viable()) {
-    const uint64_t handle = run->plan->worker->handle;
-    if (host_.PlanLoaded(handle) || !plans_waiting_.insert(handle).second) continue;
-    worker->SendPlan(*run->plan->worker);
-  }
-  WEIGHTD_ASSIGN_OR_RETURN(
-      const bool all, Wait(host_.options().prepare, [this] { return plans_waiting_.empty(); }));
-  return all ? absl::OkStatus() : DeadlineError(host_.options().prepare, "worker");
-}
-
-Status SyncSession::RunStep(Step step, milliseconds limit) {
-  const std::shared_ptr<WorkerPort> worker = host_.Worker();
-  if (worker == nullptr) return NoWorkerError();
-  for (ReplicaRun* run : Viable()) {
-    StepCommand command;
-    command.attempt = run->attempt;
-    command.step = step;
-    command.plan = run->plan->worker->handle;
-    for (uint32_t i = 0; i < run->view.targets.size(); ++i) command.targets.push_back(i);
-    command.version = version_;
-    run->running = true;
-    run->touched = true;
-    worker->SendStep(command);
-  }
-  WEIGHTD_ASSIGN_OR_RETURN(const bool all, Wait(limit, [this] {
-                             return std::none_of(replicas_.begin(), replicas_.end(),
-                                                 [](const ReplicaRun& run) { return run.running; });
-                           }));
-  return all ? absl::OkStatus() : DeadlineError(limit, "worker");
-}
-
-Status SyncSession::CheckReplicas() {
-  const std::shared_ptr<WorkerPort> worker = host_.Worker();
-  if (worker == nullptr || Viable().empty()) return absl::OkStatus();
-  StepCommand command;
-  command.attempt = check_attempt_ = host_.NextAttempt();
-  command.step = Step::kCheckReplicas;
-  command.plan = Viable().front()->plan->worker->handle;
-  check_done_ = false;
-  worker->SendStep(command);
-  WEIGHTD_ASSIGN_OR_RETURN(const bool done,
-                           Wait(host_.options().verify, [this] { return check_done_; }));
-  return done ? absl::OkStatus() : DeadlineError(host_.options().verify, "worker");
 }
 
 }  // namespace weightd

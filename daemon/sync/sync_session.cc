@@ -71,7 +71,7 @@ Status SyncSession::ResolveLayouts() {
   return CheckRequired();
 }
 
-// BuildPlan: the plan is proved, and the worker has the same one.
+// BuildPlan: the plan is proved, and every worker has the same one.
 Status SyncSession::BuildPlan() {
   for (ReplicaRun* run : Viable()) {
     StatusOr<std::shared_ptr<const ReplicaPlan>> plan = host_.PlanFor(group_, run->view);
@@ -106,7 +106,7 @@ Status SyncSession::Prepare() {
   return CheckRequired();
 }
 
-// Transfer: the worker writes every window of every replica.
+// Transfer: each worker writes what its device's trainer ranks supply, window by window.
 Status SyncSession::Transfer() {
   SendProgress();
   return RunStep(Step::kTransfer, host_.options().transfer);
@@ -156,7 +156,7 @@ SyncReport SyncSession::Report(Status error) {
   for (ReplicaRun& run : replicas_) {
     if (run.prepared && !run.committed) {
       host_.ApplyReplica(
-          run.view, run.touched ? ReplicaEvent::kFailedTouched : ReplicaEvent::kFailedUntouched,
+          run.view, run.touched() ? ReplicaEvent::kFailedTouched : ReplicaEvent::kFailedUntouched,
           run.error);
     }
     ReplicaOutcome outcome;
@@ -164,14 +164,17 @@ SyncReport SyncSession::Report(Status error) {
     outcome.dp_rank = run.view.dp_rank;
     outcome.committed = run.committed;
     outcome.state = host_.StateOf(run.view);
-    outcome.version = run.committed ? version_ : run.touched ? 0 : run.view.version;
+    outcome.version = run.committed ? version_ : run.touched() ? 0 : run.view.version;
     outcome.error = run.error;
     outcome.verified = run.committed ? run.view.verified() : "";
     outcome.caches_reset = run.caches;
     TellEngines(run, outcome);
     if (run.committed) {
       ++committed;
-      if (!run.already) report.bytes += run.plan->compiled->bytes;
+      if (!run.already) {
+        report.bytes += run.plan->compiled->bytes;
+        for (const auto& [path, bytes] : run.plan->path_bytes) report.path_bytes[path] += bytes;
+      }
     }
     if (report.attempt == AttemptId{}) report.attempt = run.attempt;
     report.replicas.push_back(std::move(outcome));

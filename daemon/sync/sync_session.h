@@ -17,8 +17,10 @@ namespace weightd {
 
 /// One sync of one model: Admit -> ResolveLayouts -> BuildPlan -> Prepare -> Transfer -> Verify ->
 /// Commit -> Report. The commit unit is one replica: whatever fails for one replica leaves the
-/// others alone; what fails for the trainer or the worker fails for all. Before Prepare nothing has
-/// been written; after it a failed replica is POISONED if any of its bytes may have been written.
+/// others alone; what fails for the trainer fails for all. A worker that fails does so for the
+/// replicas in whose plan its device takes part: all, if trainer ranks have their memory there.
+/// Before Prepare nothing has been written; after it a failed replica is POISONED if any of its
+/// bytes may have been written.
 /// Thread safety: Run is called once, by one thread; events come through the mailbox, arrivals
 /// through AddRequest.
 class SyncSession {
@@ -41,16 +43,17 @@ class SyncSession {
     std::shared_ptr<const ReplicaPlan> plan;
     Status error;           // why it will not commit
     bool prepared = false;  // Prepare was sent: an outcome is owed
-    bool touched = false;   // its memory may have been written
     bool committed = false;
-    bool already = false;        // held this version before: a retry leaves it alone
-    bool running = false;        // a worker step is out
-    std::set<MemberId> waiting;  // engine ranks whose answer is awaited
-    std::map<uint32_t, TargetDigests> source_digests;
+    bool already = false;           // held this version before: a retry leaves it alone
+    std::set<std::string> running;  // devices whose workers have a step of it
+    std::set<std::string> writers;  // devices whose workers may have written its memory
+    std::set<MemberId> waiting;     // engine ranks whose answer is awaited
+    std::map<uint32_t, TargetDigests> source_digests;  // by target: sums over all workers
     std::map<uint32_t, TargetDigests> target_digests;
-    uint64_t bytes_done = 0;
+    std::map<std::string, uint64_t> bytes_done;  // by device
     std::vector<std::string> caches;
     bool viable() const { return error.ok(); }
+    bool touched() const { return !writers.empty(); }
   };
 
   // The steps. Each returns an error that ends the sync for all replicas.
@@ -71,27 +74,35 @@ class SyncSession {
   template <typename Done>
   StatusOr<bool> Wait(milliseconds limit, Done&& done);
   Status Handle(const Event& event);
-  Status OnStepDone(const Event& event);
-  Status OnPlanLoaded(const Event& event);
   void OnEngineLost(const Event& event);
-  Status DeadlineError(milliseconds limit, const std::string& peer) const;
+  static Status DeadlineError(milliseconds limit, const std::string& peer);
   std::string WaitingFor() const;
+
+  // Workers: what is asked of them, what they answer, and what follows when one does not.
+  Status LoadPlans();
+  Status RunStep(Step step, milliseconds limit);
+  Status CheckReplicas();
+  Status AwaitWorkers(milliseconds limit);
+  std::set<std::string> OwingWorkers() const;
+  Status OnPlanLoaded(const Event& event);
+  Status OnStepDone(const Event& event);
+  Status LoseWorker(const std::string& device, const Status& error);
+  static Status NoWorkerError(const std::string& device);
+  static Status AddDigests(const TargetDigests& part, std::map<uint32_t, TargetDigests>& sums);
+  Status CompareShardWords() const;
+  void Fence();
 
   Status CheckRequests();
   Status CheckRanksPresent() const;
   Status NoEngineError() const;
-  static Status NoWorkerError();
   Status AwaitMembers();
-  Status CheckReplicas();
-  Status LoadPlans();
   Status AwaitEngines(milliseconds limit);
-  Status RunStep(Step step, milliseconds limit);
   Status CompareDigests(ReplicaRun& run);
   static uint64_t CombinedDigest(const ReplicaRun& run);
   Status CheckRequired() const;
+  Status CheckAnyViable();
   void Fail(ReplicaRun& run, Status error);
   void FailAll(const Status& error);
-  void Fence();
   void TellEngines(const ReplicaRun& run, const ReplicaOutcome& outcome) const;
   void SendIdle(const ReplicaView& view, const Status& why) const;
   void SendProgress();
@@ -117,10 +128,11 @@ class SyncSession {
   std::vector<ReplicaRun> replicas_;
   uint32_t require_ = 0;
   bool check_replicas_ = false;
-  std::set<uint64_t> plans_waiting_;
+  std::set<std::pair<uint64_t, std::string>> plans_waiting_;  // (plan, device) to be confirmed
   AttemptId check_attempt_;
-  bool check_done_ = true;
-  bool worker_lost_ = false;
+  std::set<std::string> check_waiting_;                       // devices that compare shards
+  std::map<std::string, std::vector<uint64_t>> shard_words_;  // by device
+  std::map<std::string, Clock::time_point> heard_;            // by device: its last sign of life
   std::future<void> reservation_;
 };
 

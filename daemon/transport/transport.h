@@ -20,9 +20,11 @@ namespace weightd {
 
 /// Memory of one shard or one parameter as this process sees it.
 struct Binding {
-  std::byte* base = nullptr;  ///< first element; nullptr when staged (or opaque, or aliased)
-  Dims strides;               ///< in elements, one per dimension
-  bool staged = false;        ///< no mapped memory: read through StagedSource
+  std::byte* base = nullptr;     ///< first element; nullptr when staged (or opaque, or aliased)
+  Dims strides;                  ///< in elements, one per dimension
+  bool staged = false;           ///< no mapped memory: read through StagedSource
+  std::byte* segment = nullptr;  ///< the mapped range in which it lies
+  uint64_t segment_bytes = 0;
 };
 
 /// One engine rank of a plan, bound to memory.
@@ -31,6 +33,8 @@ struct BoundTarget {
   const RankPlan* plan = nullptr;
   std::vector<Binding> params;  ///< one per layout->params
   std::string label;            ///< for messages, e.g. "engine e0 tp 1"
+  uint64_t registration = 0;    ///< never used again once params lie elsewhere
+  bool remote = false;          ///< its memory belongs to another device than the worker's
 };
 
 /// A plan bound to this process's mappings.
@@ -40,6 +44,8 @@ struct BoundPlan {
   std::span<const RankShards> shards;         ///< per actor rank
   std::vector<std::vector<Binding>> sources;  ///< [actor rank][position in its box_index]
   std::vector<BoundTarget> targets;
+  uint64_t id = 0;                      ///< of the plan, never used again; 0: unknown
+  std::vector<uint64_t> registrations;  ///< per actor rank, as BoundTarget::registration
 };
 
 /// Where staged shards come from (a client that copies into a ring).
@@ -98,6 +104,17 @@ class Transport {
   /// Digest word of one shard in its own dtype, for check_replicas. Blocks.
   virtual StatusOr<uint64_t> DigestShard(const BoundPlan& plan, uint32_t rank, uint32_t tensor,
                                          uint32_t shard, RunControl& control) = 0;
+
+  /// Catch-up: copies all raw parameters of targets[target] from a peer's, one binding each, and
+  /// compares what landed with its source. Blocks. \error as Transfer; DATA_LOSS VERIFY_MISMATCH
+  /// naming the parameter; UNIMPLEMENTED if host_memory()
+  virtual Status CopyParams(const BoundPlan& plan, size_t target, std::span<const Binding> from,
+                            RunControl& control);
+  /// True if the bound memory can be read and written by the host, which then does catch-up itself.
+  virtual bool host_memory() const { return true; }
+
+  /// True if no later call can succeed: the process must be replaced.
+  virtual bool broken() const { return false; }
 };
 
 }  // namespace weightd

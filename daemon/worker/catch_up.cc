@@ -9,7 +9,7 @@
 #include "daemon/device/host/box_copy.h"
 #include "daemon/device/host/cast.h"
 #include "daemon/device/host/digest.h"
-#include "daemon/transport/shm/block_item.h"
+#include "daemon/transport/block_item.h"
 
 namespace weightd {
 namespace {

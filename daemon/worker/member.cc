@@ -12,11 +12,13 @@ constexpr milliseconds kCancelCheck{10};
 
 }  // namespace
 
-Member::Member(MemberIdentity identity, DataChannel channel, std::shared_ptr<StagingBudget> budget)
+Member::Member(MemberIdentity identity, DataChannel channel, std::shared_ptr<StagingBudget> budget,
+               SegmentMapper* mapper)
     : identity_(std::move(identity)),
       budget_(std::move(budget)),
+      mapper_(mapper),
       channel_(std::move(channel)),
-      registration_(identity_.writable, identity_.label) {}
+      registration_(identity_.writable, identity_.label, mapper) {}
 
 Status Member::Send(const v1::DataFrame& frame, const std::vector<int>& fds) {
   const std::lock_guard lock(send_mutex_);
@@ -87,6 +89,7 @@ StatusOr<Member::Outcome> Member::OnBind(const v1::BindMemory& page) {
   outcome.error = WithRank(std::exchange(registration_error_, absl::OkStatus()), label());
   v1::DataFrame answer;
   if (!outcome.error.ok()) {
+    registration_.Abandon();
     *answer.mutable_refused()->mutable_error() = ToProto(outcome.error);
     WEIGHTD_RETURN_IF_ERROR(Send(answer, {}));
     return outcome;
@@ -154,7 +157,7 @@ void Member::MarkLost() {
 }
 
 void Member::Release() {
-  registration_ = MemoryRegistration(identity_.writable, identity_.label);
+  registration_ = MemoryRegistration(identity_.writable, identity_.label, mapper_);
   std::shared_ptr<const MemberMemory> memory;
   std::shared_ptr<Ring> ring;
   {

@@ -27,7 +27,9 @@ struct MemberIdentity {
 /// Thread safety: OnFrame, Attach and Release by the poll thread only; the rest by any thread.
 class Member {
  public:
-  Member(MemberIdentity identity, DataChannel channel, std::shared_ptr<StagingBudget> budget);
+  /// `mapper` outlives this.
+  Member(MemberIdentity identity, DataChannel channel, std::shared_ptr<StagingBudget> budget,
+         SegmentMapper* mapper);
 
   const MemberIdentity& identity() const { return identity_; }
   const std::string& label() const { return identity_.label; }
@@ -72,6 +74,7 @@ class Member {
 
   const MemberIdentity identity_;
   const std::shared_ptr<StagingBudget> budget_;  ///< shared by all members of the worker
+  SegmentMapper* const mapper_;
   DataChannel channel_;
   std::mutex send_mutex_;
 

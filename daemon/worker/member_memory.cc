@@ -1,9 +1,10 @@
 #include "daemon/worker/member_memory.h"
 
-#include <sys/stat.h>
-
 #include <algorithm>
+#include <atomic>
 #include <utility>
+
+#include "daemon/device/mapping.h"
 
 namespace weightd {
 namespace {
@@ -24,39 +25,63 @@ const MemoryBlock* MemberMemory::Find(uint32_t index, uint32_t box) const {
 
 Status MemberMemory::CheckIntact(bool sizes) const {
   for (const auto& [id, segment] : segments) {
-    const Mapping& mapping = segment->mapping;
-    WEIGHTD_RETURN_IF_ERROR(sizes ? mapping.CheckIntact() : mapping.CheckTouched());
+    WEIGHTD_RETURN_IF_ERROR(segment->CheckIntact(sizes));
   }
   return absl::OkStatus();
 }
 
-Status MemoryRegistration::Offer(const v1::OfferSegments& offer, std::vector<ScopedFd> fds) {
-  if (static_cast<size_t>(offer.segments_size()) != fds.size()) {
-    return Error(StatusCode::kInvalidArgument, reason::kProtocol, kUpgrade,
-                 "offer names {} segments and carries {} descriptors", offer.segments_size(),
-                 fds.size());
+/// Takes what belongs to one segment out of a frame.
+StatusOr<SegmentOffer> MemoryRegistration::ReadOffer(const v1::Segment& segment,
+                                                     std::vector<ScopedFd>* fds,
+                                                     size_t* next_fd) const {
+  SegmentOffer offer;
+  offer.label = fmt::format("{} segment {}", label_, segment.id());
+  offer.size_bytes = segment.size_bytes();
+  offer.device = segment.device();
+  offer.ipc_handle = segment.ipc_handle();
+  offer.allocation = segment.allocation();
+  offer.piece_bytes.assign(segment.piece_bytes().begin(), segment.piece_bytes().end());
+  offer.writable = writable_;
+  size_t num_fds = 1;
+  if (segment.kind() == v1::SEGMENT_KIND_CUDA_IPC) {
+    offer.kind = SegmentOffer::Kind::kCudaIpc;
+    num_fds = 0;
+  } else if (segment.kind() == v1::SEGMENT_KIND_CUDA_VMM) {
+    offer.kind = SegmentOffer::Kind::kCudaVmm;
+    num_fds = offer.piece_bytes.size();
   }
-  for (size_t i = 0; i < fds.size(); ++i) {
-    const v1::Segment& offered = offer.segments(static_cast<int>(i));
-    struct stat info {};
-    const bool known_object = ::fstat(fds[i].get(), &info) == 0;
-    std::shared_ptr<const Segment>& slot = segments_[offered.id()];
-    if (known_object && slot != nullptr && slot->device == info.st_dev &&
-        slot->inode == info.st_ino && slot->mapping.size_bytes() == offered.size_bytes() &&
-        slot->mapping.CheckIntact().ok()) {
-      continue;
-    }
-    auto segment = std::make_shared<Segment>();  // shared by registrations and running steps
-    WEIGHTD_ASSIGN_OR_RETURN(
-        segment->mapping,
-        Mapping::Create(std::move(fds[i]), offered.size_bytes(),
-                        writable_ ? Mapping::Access::kWrite : Mapping::Access::kRead,
-                        fmt::format("{} segment {}", label_, offered.id())));
-    segment->device = info.st_dev;
-    segment->inode = info.st_ino;
-    slot = std::move(segment);
+  if (num_fds > fds->size() - *next_fd) {
+    return Error(StatusCode::kInvalidArgument, reason::kProtocol, kUpgrade,
+                 "offer lacks descriptors: {} needed={} left={}", offer.label, num_fds,
+                 fds->size() - *next_fd);
+  }
+  for (size_t i = 0; i < num_fds; ++i) offer.fds.push_back(std::move((*fds)[(*next_fd)++]));
+  return offer;
+}
+
+Status MemoryRegistration::Offer(const v1::OfferSegments& offer, std::vector<ScopedFd> fds) {
+  size_t next_fd = 0;
+  for (const v1::Segment& segment : offer.segments()) {
+    WEIGHTD_ASSIGN_OR_RETURN(SegmentOffer read, ReadOffer(segment, &fds, &next_fd));
+    std::shared_ptr<LentSegment>& slot = segments_[segment.id()];
+    WEIGHTD_ASSIGN_OR_RETURN(slot, mapper_->Map(std::move(read), slot));
+  }
+  if (next_fd != fds.size()) {
+    return Error(StatusCode::kInvalidArgument, reason::kProtocol, kUpgrade,
+                 "offer carries {} descriptors, of which {} belong to segments", fds.size(),
+                 next_fd);
+  }
+  if (!offer.event().empty()) {
+    WEIGHTD_ASSIGN_OR_RETURN(fence_, mapper_->OpenFence(offer.event(), label_));
   }
   return absl::OkStatus();
+}
+
+void MemoryRegistration::Abandon() {
+  pending_ = nullptr;
+  std::erase_if(segments_, [](const auto& entry) {
+    return entry.second == nullptr || !entry.second->complete();
+  });
 }
 
 StatusOr<MemoryBlock> MemoryRegistration::CheckBinding(const v1::MemoryBinding& binding) {
@@ -87,22 +112,24 @@ StatusOr<MemoryBlock> MemoryRegistration::CheckBinding(const v1::MemoryBinding& 
           ? RowMajorStrides(block.extent)
           : Dims(std::span<const int64_t>(binding.strides().data(), extent.size()));
   const auto segment = segments_.find(binding.segment());
-  if (segment == segments_.end() || segment->second == nullptr) {
+  if (segment == segments_.end() || segment->second == nullptr || !segment->second->complete()) {
     return Error(StatusCode::kInvalidArgument, reason::kMemoryMoved,
                  "offer every segment before binding memory in it",
                  "binding names a segment that was not offered: segment={}", binding.segment());
   }
-  const Mapping& mapping = segment->second->mapping;
-  WEIGHTD_RETURN_IF_ERROR(CheckBlockInside(mapping.size_bytes(), binding.offset_bytes(),
-                                           block.extent, block.binding.strides,
-                                           SizeBytes(block.dtype), writable_));
+  const LentSegment& lent = *segment->second;
+  WEIGHTD_RETURN_IF_ERROR(CheckBlockInside(lent.size_bytes(), binding.offset_bytes(), block.extent,
+                                           block.binding.strides, SizeBytes(block.dtype),
+                                           writable_));
   if (binding.offset_bytes() % SizeBytes(block.dtype) != 0) {
     return Error(StatusCode::kInvalidArgument, reason::kMemoryMoved,
                  "align the memory to the size of its elements, or have it staged",
                  "block is not aligned to its dtype: offset_bytes={} dtype={}",
                  binding.offset_bytes(), Name(block.dtype));
   }
-  block.binding.base = mapping.data() + binding.offset_bytes();
+  block.binding.base = lent.data() + binding.offset_bytes();
+  block.binding.segment = lent.data();
+  block.binding.segment_bytes = lent.size_bytes();
   pending_->segments.insert(*segment);
   return block;
 }
@@ -143,7 +170,10 @@ StatusOr<std::shared_ptr<const MemberMemory>> MemoryRegistration::Finish() {
         fmt::format("index {} box {}", twice->index, twice->box));
   }
   segments_ = memory->segments;
-  for (const auto& [id, segment] : segments_) memory->mapped_bytes += segment->mapping.size_bytes();
+  memory->fence = fence_;
+  static std::atomic<uint64_t> last_id{0};
+  memory->id = ++last_id;
+  for (const auto& [id, segment] : segments_) memory->mapped_bytes += segment->size_bytes();
   return std::shared_ptr<const MemberMemory>(memory);
 }
 

@@ -2,8 +2,6 @@
 // them. Everything a client claims is checked here.
 #pragma once
 
-#include <sys/types.h>
-
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -13,7 +11,7 @@
 
 #include "daemon/base/scoped_fd.h"
 #include "daemon/base/status.h"
-#include "daemon/device/mapping.h"
+#include "daemon/device/segment.h"
 #include "daemon/layout/box.h"
 #include "daemon/layout/dtype.h"
 #include "daemon/transport/transport.h"
@@ -23,13 +21,6 @@ namespace weightd {
 
 /// Most bindings of one member: a million tensors of a few boxes each.
 inline constexpr size_t kMaxBindings = 4u << 20;
-
-/// A shared memory object of a client, mapped here, and which object it is.
-struct Segment {
-  Mapping mapping;
-  dev_t device = 0;
-  ino_t inode = 0;
-};
 
 /// Where one box of a tensor, or one parameter, lies.
 struct MemoryBlock {
@@ -43,7 +34,9 @@ struct MemoryBlock {
 /// A registration: complete and immutable, so a running step keeps it whatever the client does.
 struct MemberMemory {
   std::vector<MemoryBlock> blocks;  ///< ascending by (index, box), each pair once
-  std::map<uint32_t, std::shared_ptr<const Segment>> segments;  ///< shared with later registrations
+  std::map<uint32_t, std::shared_ptr<LentSegment>> segments;  ///< shared with later registrations
+  std::shared_ptr<const LenderFence> fence;  ///< GPU memory that is read; shared likewise
+  uint64_t id = 0;                           ///< of this registration: no other has it
   uint64_t mapped_bytes = 0;
   bool has_staged = false;
 
@@ -60,13 +53,13 @@ struct MemberMemory {
 class MemoryRegistration {
  public:
   /// `writable`: an engine rank, whose blocks are written and so may not overlap themselves.
-  /// `label` names the client in errors.
-  MemoryRegistration(bool writable, std::string label)
-      : writable_(writable), label_(std::move(label)) {}
+  /// `label` names the client in errors. `mapper` maps for the worker's device and outlives this.
+  MemoryRegistration(bool writable, std::string label, SegmentMapper* mapper)
+      : writable_(writable), label_(std::move(label)), mapper_(mapper) {}
 
   /// Maps the offered segments, each once; one that is mapped already is kept.
   /// \error INVALID_ARGUMENT PROTOCOL if descriptors and segments do not match
-  /// \error INVALID_ARGUMENT / RESOURCE_EXHAUSTED SHARED_MEMORY, see Mapping::Create
+  /// \error as SegmentMapper
   Status Offer(const v1::OfferSegments& offer, std::vector<ScopedFd> fds);
 
   /// Checks a page of bindings. With `last` the result is the whole registration; segments that it
@@ -76,13 +69,20 @@ class MemoryRegistration {
   /// the tensor, the sizes and the remedy
   StatusOr<std::shared_ptr<const MemberMemory>> Bind(const v1::BindMemory& page);
 
+  /// Forgets a registration that was refused before its last page.
+  void Abandon();
+
  private:
+  StatusOr<SegmentOffer> ReadOffer(const v1::Segment& segment, std::vector<ScopedFd>* fds,
+                                   size_t* next_fd) const;
   StatusOr<MemoryBlock> CheckBinding(const v1::MemoryBinding& binding);
   StatusOr<std::shared_ptr<const MemberMemory>> Finish();
 
   bool writable_;
   std::string label_;
-  std::map<uint32_t, std::shared_ptr<const Segment>> segments_;
+  SegmentMapper* mapper_;
+  std::map<uint32_t, std::shared_ptr<LentSegment>> segments_;
+  std::shared_ptr<const LenderFence> fence_;
   std::shared_ptr<MemberMemory> pending_;  ///< becomes const and shared when it is whole
 };
 

@@ -36,6 +36,11 @@ bool SameToken(const std::string& a, const std::string& b) {
   return difference == 0;
 }
 
+MemberTable::Options WithMapper(MemberTable::Options options) {
+  if (options.mapper == nullptr) options.mapper = std::make_shared<HostSegmentMapper>();
+  return options;
+}
+
 Status NotExpected(uint64_t member) {
   return Error(StatusCode::kUnauthenticated, reason::kFenced,
                "register with the daemon again and attach with the token that it returns",
@@ -61,7 +66,7 @@ StatusOr<std::unique_ptr<MemberTable>> MemberTable::Create(const Options& option
 }
 
 MemberTable::MemberTable(Options options, ReportFn report, DataListener listener)
-    : options_(std::move(options)),
+    : options_(WithMapper(std::move(options))),
       report_(std::move(report)),
       listener_(std::move(listener)),
       epoll_(::epoll_create1(EPOLL_CLOEXEC)),
@@ -217,8 +222,8 @@ Status MemberTable::AttachMember(uint64_t key, const Expectation& expectation) {
     }
     if (pidfd.valid() && Watch(pidfd.get(), 2 * key + 1)) connection.pidfd = std::move(pidfd);
   }
-  connection.member =
-      std::make_shared<Member>(expectation.identity, std::move(connection.channel), budget_);
+  connection.member = std::make_shared<Member>(expectation.identity, std::move(connection.channel),
+                                               budget_, options_.mapper.get());
   {
     const std::lock_guard lock(mutex_);
     live_[expectation.identity.id] = connection.member;

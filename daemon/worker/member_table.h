@@ -62,6 +62,8 @@ class MemberTable {
     bool check_peer = true;  ///< refuse clients of other users
     /// A client has this long to say who it is, and the daemon to announce it.
     milliseconds attach_deadline{5000};
+    /// Maps what clients lend; used by the poll thread only. nullptr: shared memory of the host.
+    std::shared_ptr<SegmentMapper> mapper;  ///< shared so that options can be copied
   };
 
   /// Listens and starts the poll thread. \error UNAVAILABLE SOCKET, see DataListener

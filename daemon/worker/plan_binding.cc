@@ -58,10 +58,14 @@ Status BindSources(const LoadedPlan& plan, const PinnedMembers& pinned, BoundPla
   const PlanInput& in = plan.input;
   bound->table = &in.table;
   bound->shards = in.shards;
+  bound->id = plan.id;
   bound->sources.assign(in.shards.size(), {});
+  bound->registrations.assign(in.shards.size(), 0);
   for (size_t rank = 0; rank < in.shards.size(); ++rank) {
+    if (!plan.own_sources[rank]) continue;
     const PinnedMembers::Entry* entry = pinned.Find(in.sources[rank]);
     WEIGHTD_CHECK(entry != nullptr);
+    bound->registrations[rank] = entry->memory->id;
     const RankShards& shards = in.shards[rank];
     std::vector<Binding>& bindings = bound->sources[rank];
     bindings.reserve(shards.box_index.size());
@@ -102,6 +106,7 @@ Status BindEngineRank(const LoadedPlan& plan, uint32_t target, const PinnedMembe
   const PlanInput& in = plan.input;
   bound->table = &in.table;
   bound->shards = in.shards;
+  bound->id = plan.id;
   bound->targets.resize(in.layouts.size());
   const PinnedMembers::Entry* entry = pinned.Find(in.targets[target]);
   WEIGHTD_CHECK(entry != nullptr);
@@ -109,6 +114,8 @@ Status BindEngineRank(const LoadedPlan& plan, uint32_t target, const PinnedMembe
   result.layout = &in.layouts[target];
   result.plan = &plan.ranks[target];
   result.label = entry->member->label();
+  result.registration = entry->memory->id;
+  result.remote = in.target_devices[target] != plan.device;
   if (!entry->member->identity().writable) {
     return Error(StatusCode::kFailedPrecondition, reason::kProtocol, "register it as an engine",
                  "plan writes to memory that was lent for reading: rank={}", result.label);

@@ -15,8 +15,8 @@
 
 namespace weightd {
 
-/// Binds every shard of every actor rank.
-/// \pre all sources of the plan are pinned
+/// Binds every shard of every actor rank on this worker's device; the others stay empty.
+/// \pre these sources of the plan are pinned
 /// \error FAILED_PRECONDITION MEMORY_MOVED / SHAPE / DTYPE naming tensor, rank and remedy if what a
 /// rank lends is not what the plan expects; UNAVAILABLE MEMORY_MOVED if it was truncated
 Status BindSources(const LoadedPlan& plan, const PinnedMembers& pinned, BoundPlan* bound);

@@ -1,6 +1,7 @@
 #include "daemon/worker/plan_store.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "daemon/wire/convert.h"
@@ -97,9 +98,11 @@ Status PlanAssembler::AddWrites(const v1::RankWritesPage& page) {
     input_.layouts.resize(page.target() + 1);
     input_.targets.resize(page.target() + 1);
     input_.labels.resize(page.target() + 1);
+    input_.target_devices.resize(page.target() + 1, kHostDevice);
   }
   if (page.member() != 0) input_.targets[page.target()] = page.member();
   if (!page.label().empty()) input_.labels[page.target()] = page.label();
+  if (!page.device().empty()) input_.target_devices[page.target()] = page.device();
   RankLayout& layout = input_.layouts[page.target()];
   if (page.has_coordinates()) {
     WEIGHTD_ASSIGN_OR_RETURN(layout.coordinates, FromProto(page.coordinates()));
@@ -121,6 +124,8 @@ Status PlanAssembler::Add(const v1::PlanPage& page) {
     input_.table.push_back(std::move(tensor));
   }
   input_.sources.insert(input_.sources.end(), page.sources().begin(), page.sources().end());
+  input_.source_devices.insert(input_.source_devices.end(), page.source_devices().begin(),
+                               page.source_devices().end());
   for (const v1::RankShardsPage& shards : page.shards()) {
     WEIGHTD_RETURN_IF_ERROR(AddShards(shards));
   }
@@ -135,6 +140,13 @@ Status PlanAssembler::Add(const v1::PlanPage& page) {
 }
 
 StatusOr<PlanInput> PlanAssembler::Finish() {
+  if (input_.source_devices.empty()) {
+    input_.source_devices.assign(input_.sources.size(), kHostDevice);
+  }
+  if (input_.source_devices.size() != input_.sources.size()) {
+    return Malformed("plan has {} actors and the devices of {}", input_.sources.size(),
+                     input_.source_devices.size());
+  }
   if (input_.shards.size() != input_.sources.size()) {
     return Malformed("plan has {} actors and the shards of {}", input_.sources.size(),
                      input_.shards.size());
@@ -151,9 +163,15 @@ StatusOr<PlanInput> PlanAssembler::Finish() {
   return std::exchange(input_, PlanInput());
 }
 
-StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input) {
+StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input, std::string device) {
+  static std::atomic<uint64_t> last_id{0};
   auto plan = std::make_shared<LoadedPlan>();  // shared by the store and a running step
+  plan->id = ++last_id;
   plan->input = std::move(input);
+  plan->device = std::move(device);
+  for (const std::string& source : plan->input.source_devices) {
+    plan->own_sources.push_back(source == plan->device);
+  }
   const PlanInput& in = plan->input;
   if (in.sources.empty() && in.table.empty()) {  // a catch-up: parameters only, nothing to prove
     plan->ranks.resize(in.layouts.size());
@@ -173,8 +191,14 @@ StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input) {
                  "worker and daemon see different plans: tensors={} actors={} engine_ranks={}",
                  in.table.size(), in.shards.size(), in.layouts.size());
   }
-  for (const RankLayout& layout : in.layouts) {
-    plan->ranks.push_back(EnumerateRank(in.table, *plan->grid, layout, in.limits));
+  const bool all_own = std::find(plan->own_sources.begin(), plan->own_sources.end(), false) ==
+                       plan->own_sources.end();
+  for (size_t i = 0; i < in.layouts.size(); ++i) {
+    RankPlan rank = EnumerateRank(in.table, *plan->grid, in.layouts[i], in.limits);
+    plan->landed.push_back(rank.bytes);
+    const bool own = in.target_devices[i] == plan->device;
+    if (!all_own || !own) rank = OwnCopies(rank, in.layouts[i], plan->own_sources, own);
+    plan->ranks.push_back(std::move(rank));
     plan->bytes += plan->ranks.back().bytes;
     plan->windows += static_cast<uint32_t>(plan->ranks.back().windows.size());
   }

@@ -11,6 +11,7 @@
 
 #include "daemon/base/status.h"
 #include "daemon/layout/tensor_layout.h"
+#include "daemon/plan/data_path.h"
 #include "daemon/plan/transfer_plan.h"
 #include "weightd/v1/worker.pb.h"
 
@@ -24,9 +25,11 @@ struct PlanInput {
   TensorTable table;
   std::vector<uint64_t> sources;  ///< member per actor rank
   std::vector<RankShards> shards;
-  std::vector<RankLayout> layouts;  ///< per engine rank
-  std::vector<uint64_t> targets;    ///< member per engine rank
-  std::vector<std::string> labels;  ///< per engine rank
+  std::vector<RankLayout> layouts;          ///< per engine rank
+  std::vector<uint64_t> targets;            ///< member per engine rank
+  std::vector<std::string> labels;          ///< per engine rank
+  std::vector<std::string> source_devices;  ///< per actor rank
+  std::vector<std::string> target_devices;  ///< per engine rank
   WindowLimits limits;
   std::string digest;  ///< as the daemon sees it
 };
@@ -46,20 +49,26 @@ class PlanAssembler {
   PlanInput input_;
 };
 
-/// A proven plan with the copies of all its engine ranks. Immutable.
+/// A proven plan with the copies that this worker makes. Immutable.
 struct LoadedPlan {
+  uint64_t id = 0;  ///< in this process, never used again
   PlanInput input;
+  std::string device;              ///< of this worker
+  std::vector<bool> own_sources;   ///< per actor rank: its memory is on this device
   std::optional<SourceGrid> grid;  ///< unset for a catch-up: its plan has parameters only
-  std::vector<RankPlan> ranks;     ///< per engine rank
+  std::vector<RankPlan> ranks;     ///< per engine rank: what this worker copies
   Digest128 digest{};
-  uint64_t bytes = 0;  ///< that one run lands, all engine ranks
+  std::vector<uint64_t> landed;  ///< per engine rank: bytes of all workers
+  uint64_t bytes = 0;            ///< that one run of this worker lands, all engine ranks
   uint32_t windows = 0;
 };
 
-/// Proves coverage, enumerates all copies and compares the digest with the daemon's. Slow for large
-/// models. A plan without tensors and actors serves catch-up only: nothing is proven or enumerated.
-/// \error as SourceGrid::Build and CheckCoverage; FAILED_PRECONDITION PLAN_MISMATCH
-StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input);
+/// Proves coverage, enumerates the copies of the worker of `device` and compares the digest with
+/// the daemon's. Slow for large models. A plan without tensors and actors serves catch-up only:
+/// nothing is proven or enumerated. \error as SourceGrid::Build and CheckCoverage;
+/// FAILED_PRECONDITION PLAN_MISMATCH
+StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input,
+                                                     std::string device = kHostDevice);
 
 /// Loaded plans by the daemon's handle. Thread safety: none.
 class PlanStore {

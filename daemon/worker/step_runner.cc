@@ -1,6 +1,7 @@
 #include "daemon/worker/step_runner.h"
 
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "daemon/base/failpoint.h"
@@ -11,6 +12,10 @@ namespace {
 
 /// Windows after which a test can stop a worker.
 constexpr uint32_t kFailpointWindows = 3;
+
+/// A trainer's event mostly has passed already, or passes soon.
+constexpr microseconds kFenceSpin{500};
+constexpr microseconds kFenceNap{50};
 
 std::string_view PhaseOf(v1::Step step) {
   switch (step) {
@@ -106,13 +111,16 @@ Status StepRunner::Dispatch(Context* context, v1::StepDone* done) {
   const PlanInput& input = context->plan->input;
   const bool reads_sources =
       command.step() == v1::STEP_TRANSFER || command.step() == v1::STEP_CHECK_REPLICAS;
-  if (reads_sources) context->members = input.sources;
+  for (size_t rank = 0; reads_sources && rank < input.sources.size(); ++rank) {
+    if (context->plan->own_sources[rank]) context->members.push_back(input.sources[rank]);
+  }
   if (command.step() != v1::STEP_CHECK_REPLICAS) {
     for (uint32_t target : command.targets()) context->members.push_back(input.targets[target]);
   }
   context->members.insert(context->members.end(), command.peers().begin(), command.peers().end());
   WEIGHTD_RETURN_IF_ERROR(members_->Pin(context->members, context->cancelled, &context->pinned));
   WEIGHTD_RETURN_IF_ERROR(CheckIntactBefore(context->pinned, context->members));
+  if (reads_sources) WEIGHTD_RETURN_IF_ERROR(AwaitSources(*context));
   switch (command.step()) {
     case v1::STEP_TRANSFER:
       WEIGHTD_RETURN_IF_ERROR(Transfer(context, done));
@@ -121,7 +129,7 @@ Status StepRunner::Dispatch(Context* context, v1::StepDone* done) {
       WEIGHTD_RETURN_IF_ERROR(Verify(context, done));
       break;
     case v1::STEP_CHECK_REPLICAS:
-      WEIGHTD_RETURN_IF_ERROR(CheckReplicas(context));
+      WEIGHTD_RETURN_IF_ERROR(CheckReplicas(context, done));
       break;
     case v1::STEP_COPY_PEER:
     case v1::STEP_RETAIN:
@@ -135,6 +143,32 @@ Status StepRunner::Dispatch(Context* context, v1::StepDone* done) {
   }
   // What was read or written while an object shrank was not its owner's memory.
   return CheckIntactAfter(context->pinned, context->members);
+}
+
+/// Waits until the trainers' GPUs have produced what the step reads. A look, not a wait of the
+/// stream: a trainer that dies meanwhile leaves nothing stuck on this worker's GPU.
+Status StepRunner::AwaitSources(const Context& context) const {
+  for (uint64_t id : context.members) {
+    const PinnedMembers::Entry& entry = *context.pinned.Find(id);
+    const LenderFence* fence = entry.memory->fence.get();
+    for (const Clock::time_point begin = Clock::now(); fence != nullptr;) {
+      WEIGHTD_ASSIGN_OR_RETURN(const bool passed, fence->Passed());
+      if (passed) break;
+      if (context.cancelled->load()) {
+        return Error(StatusCode::kCancelled, reason::kCancelled, "sync again",
+                     "step was cancelled while it waited for a trainer's GPU: rank={}",
+                     entry.member->label());
+      }
+      if (Clock::now() >= context.deadline) {
+        return WithRank(Error(StatusCode::kDeadlineExceeded, reason::kDeadline,
+                              "sync after the training step has ended, or raise the deadline",
+                              "trainer's GPU was still busy: rank={}", entry.member->label()),
+                        entry.member->label());
+      }
+      if (Clock::now() - begin > kFenceSpin) std::this_thread::sleep_for(kFenceNap);
+    }
+  }
+  return absl::OkStatus();
 }
 
 void StepRunner::Progress(Context* context, uint64_t bytes, uint32_t windows,
@@ -196,19 +230,19 @@ Status StepRunner::Verify(Context* context, v1::StepDone* done) {
   BoundPlan bound;
   for (uint32_t target : context->command.targets()) {
     WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, context->pinned, &bound));
-    context->bytes_total += plan.ranks[target].bytes;
+    context->bytes_total += plan.landed[target];
   }
   RunControl control = ControlOf(context, nullptr);
   for (uint32_t target : context->command.targets()) {
     WEIGHTD_ASSIGN_OR_RETURN(const RankDigests digests, transport_->Verify(bound, target, control));
     AddDigests(target, digests, done);
-    context->bytes_before += plan.ranks[target].bytes;
+    context->bytes_before += plan.landed[target];
     done->set_bytes(context->bytes_before);
   }
   return absl::OkStatus();
 }
 
-Status StepRunner::CheckReplicas(Context* context) {
+Status StepRunner::CheckReplicas(Context* context, v1::StepDone* done) {
   const LoadedPlan& plan = *context->plan;
   BoundPlan bound;
   WEIGHTD_RETURN_IF_ERROR(BindSources(plan, context->pinned, &bound));
@@ -217,27 +251,33 @@ Status StepRunner::CheckReplicas(Context* context) {
   RunControl control = ControlOf(context, &staged);
   Status status;
   plan.grid->ForEachReplicated([&](const SourceGrid::ReplicatedShard& replica) {
-    if (status.ok()) status = CompareReplica(context, bound, replica, &control);
+    if (status.ok()) status = CompareReplica(context, bound, replica, &control, done);
   });
   return status;
 }
 
+/// Compares the copies of a shard that this device has. Where others have copies, too, the word
+/// goes to the daemon, which compares those of all workers.
 Status StepRunner::CompareReplica(Context* context, const BoundPlan& bound,
-                                  const SourceGrid::ReplicatedShard& replica, RunControl* control) {
+                                  const SourceGrid::ReplicatedShard& replica, RunControl* control,
+                                  v1::StepDone* done) {
   const PlanInput& input = context->plan->input;
   uint64_t expected = 0;
+  size_t own = 0;
   std::string same;
   std::string different;
   for (size_t i = 0; i < replica.ranks.size(); ++i) {
     const uint32_t rank = replica.ranks[i];
+    if (!context->plan->own_sources[rank]) continue;
     WEIGHTD_ASSIGN_OR_RETURN(
         const uint64_t word,
         transport_->DigestShard(bound, rank, replica.tensor, replica.shards[i], *control));
-    if (i == 0) expected = word;
+    if (own++ == 0) expected = word;
     std::string& list = word == expected ? same : different;
     const std::string& label = context->pinned.Find(input.sources[rank])->member->label();
     list += (list.empty() ? "" : ", ") + label;
   }
+  if (own > 0 && own < replica.ranks.size()) done->add_shard_words(expected);
   if (different.empty()) return absl::OkStatus();
   const std::string& name = input.table[replica.tensor].name;
   Status status = Error(StatusCode::kFailedPrecondition, reason::kReplicasDiffer,
@@ -249,10 +289,15 @@ Status StepRunner::CompareReplica(Context* context, const BoundPlan& bound,
 }
 
 Status StepRunner::CatchUpOne(Context* context, uint32_t target, uint64_t peer,
-                              std::span<const Binding> params, const CatchUp::Control& control) {
+                              const BoundPlan& bound, const CatchUp::Control& control) {
+  const std::span<const Binding> params = bound.targets[target].params;
   const RankLayout& layout = context->plan->input.layouts[target];
   const std::string& label = context->plan->input.labels[target];
   const uint64_t version = context->command.version();
+  if (!transport_->host_memory() && context->command.step() != v1::STEP_COPY_PEER) {
+    return Error(StatusCode::kUnimplemented, reason::kDevice, "set catch_up.retain = \"none\"",
+                 "this build keeps no copies of GPU memory: rank={}", label);
+  }
   if (context->command.step() == v1::STEP_RETAIN) {
     return catch_up_.Retain(label, version, layout, params, control);
   }
@@ -262,7 +307,9 @@ Status StepRunner::CatchUpOne(Context* context, uint32_t target, uint64_t peer,
   const PinnedMembers::Entry& entry = *context->pinned.Find(peer);
   WEIGHTD_ASSIGN_OR_RETURN(const std::vector<Binding> from,
                            BindParams(layout, entry.member->label(), *entry.memory));
-  return catch_up_.Copy(layout, from, params, control);
+  if (transport_->host_memory()) return catch_up_.Copy(layout, from, params, control);
+  RunControl window_control = ControlOf(context, nullptr);
+  return transport_->CopyParams(bound, target, from, window_control);
 }
 
 Status StepRunner::CatchUpTargets(Context* context, v1::StepDone* done) {
@@ -281,8 +328,7 @@ Status StepRunner::CatchUpTargets(Context* context, v1::StepDone* done) {
     const uint64_t peer = i < context->command.peers_size() ? context->command.peers(i) : 0;
     if (context->command.step() != v1::STEP_RETAIN) done->set_touched(true);
     WEIGHTD_RETURN_IF_ERROR(
-        WithRank(CatchUpOne(context, target, peer, bound.targets[target].params, control),
-                 plan.input.labels[target]));
+        WithRank(CatchUpOne(context, target, peer, bound, control), plan.input.labels[target]));
     context->bytes_before += ParamBytes(plan.input.layouts[target]);
     done->set_bytes(context->bytes_before);
   }

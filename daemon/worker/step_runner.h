@@ -38,14 +38,16 @@ class StepRunner {
   struct Context;
   Status Dispatch(Context* context, v1::StepDone* done);
   Status CheckTargets(const Context& context) const;
+  Status AwaitSources(const Context& context) const;
   Status Transfer(Context* context, v1::StepDone* done);
   Status Verify(Context* context, v1::StepDone* done);
-  Status CheckReplicas(Context* context);
+  Status CheckReplicas(Context* context, v1::StepDone* done);
   Status CompareReplica(Context* context, const BoundPlan& bound,
-                        const SourceGrid::ReplicatedShard& replica, RunControl* control);
+                        const SourceGrid::ReplicatedShard& replica, RunControl* control,
+                        v1::StepDone* done);
   Status CatchUpTargets(Context* context, v1::StepDone* done);
-  Status CatchUpOne(Context* context, uint32_t target, uint64_t peer,
-                    std::span<const Binding> params, const CatchUp::Control& control);
+  Status CatchUpOne(Context* context, uint32_t target, uint64_t peer, const BoundPlan& bound,
+                    const CatchUp::Control& control);
   RunControl ControlOf(Context* context, StagedSource* staged);
   void Progress(Context* context, uint64_t bytes, uint32_t windows, const std::string& layer);
 

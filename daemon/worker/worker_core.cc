@@ -13,16 +13,18 @@ StatusOr<std::unique_ptr<WorkerCore>> WorkerCore::Create(const Options& options,
                                                          ReportFn report) {
   WEIGHTD_ASSIGN_OR_RETURN(std::unique_ptr<MemberTable> members,
                            MemberTable::Create(options.members, report));
-  return std::unique_ptr<WorkerCore>(new WorkerCore(std::move(members), std::move(transport),
-                                                    options.num_threads, std::move(report)));
+  return std::unique_ptr<WorkerCore>(
+      new WorkerCore(options, std::move(members), std::move(transport), std::move(report)));
 }
 
-WorkerCore::WorkerCore(std::unique_ptr<MemberTable> members, std::unique_ptr<Transport> transport,
-                       int num_threads, ReportFn report)
+WorkerCore::WorkerCore(const Options& options, std::unique_ptr<MemberTable> members,
+                       std::unique_ptr<Transport> transport, ReportFn report)
     : report_(std::move(report)),
+      on_broken_(options.on_broken),
+      device_(options.device),
       members_(std::move(members)),
       transport_(std::move(transport)),
-      runner_(members_.get(), &plans_, transport_.get(), num_threads, report_),
+      runner_(members_.get(), &plans_, transport_.get(), options.num_threads, report_),
       thread_([this] { RunJobs(); }) {}
 
 WorkerCore::~WorkerCore() {
@@ -87,7 +89,9 @@ void WorkerCore::RunJob(Job* job) {
     case v1::WorkerCommand::kRun: {
       v1::WorkerReport report;
       *report.mutable_done() = runner_.Run(command.run(), &job->cancelled);
-      return report_(std::move(report));
+      report_(std::move(report));
+      if (transport_->broken() && on_broken_) on_broken_();
+      return;
     }
     case v1::WorkerCommand::kDropPlan:
       assemblies_.erase(command.drop_plan().plan());
@@ -104,10 +108,10 @@ void WorkerCore::AddPlanPage(const v1::PlanPage& page) {
   Assembly& assembly = assemblies_[page.plan()];
   if (assembly.error.ok()) assembly.error = assembly.assembler.Add(page);
   if (!page.last()) return;
-  const auto load = [&assembly]() -> StatusOr<std::shared_ptr<const LoadedPlan>> {
+  const auto load = [this, &assembly]() -> StatusOr<std::shared_ptr<const LoadedPlan>> {
     WEIGHTD_RETURN_IF_ERROR(assembly.error);
     WEIGHTD_ASSIGN_OR_RETURN(PlanInput input, assembly.assembler.Finish());
-    return LoadPlan(std::move(input));
+    return LoadPlan(std::move(input), device_);
   };
   StatusOr<std::shared_ptr<const LoadedPlan>> plan = load();
   assemblies_.erase(page.plan());

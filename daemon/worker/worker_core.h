@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -27,7 +28,9 @@ class WorkerCore {
  public:
   struct Options {
     MemberTable::Options members;
-    int num_threads = 0;  ///< of catch-up; 0 = the cores, at most 8
+    std::string device = kHostDevice;  ///< of the memory that this worker serves
+    int num_threads = 0;               ///< of catch-up; 0 = the cores, at most 8
+    std::function<void()> on_broken;   ///< ends the process: its transport is of no more use
   };
 
   /// `report` takes everything that the daemon must hear, from several threads, until the
@@ -52,14 +55,16 @@ class WorkerCore {
     Status error;  ///< of an earlier page
   };
 
-  WorkerCore(std::unique_ptr<MemberTable> members, std::unique_ptr<Transport> transport,
-             int num_threads, ReportFn report);
+  WorkerCore(const Options& options, std::unique_ptr<MemberTable> members,
+             std::unique_ptr<Transport> transport, ReportFn report);
   void Cancel(const v1::AttemptId& attempt);
   void RunJobs();
   void RunJob(Job* job);
   void AddPlanPage(const v1::PlanPage& page);
 
   const ReportFn report_;
+  const std::function<void()> on_broken_;
+  const std::string device_;
   const std::unique_ptr<MemberTable> members_;
   const std::unique_ptr<Transport> transport_;
 

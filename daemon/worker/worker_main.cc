@@ -14,7 +14,7 @@
 
 #include "daemon/base/log.h"
 #include "daemon/base/version.h"
-#include "daemon/transport/shm/shm_transport.h"
+#include "daemon/worker/device_plane.h"
 #include "daemon/worker/worker_core.h"
 #include "weightd/v1/worker.grpc.pb.h"
 
@@ -22,6 +22,7 @@ namespace weightd {
 namespace {
 
 constexpr int kExitCannotStart = 1;
+constexpr int kExitDeviceLost = 2;
 constexpr milliseconds kConnectDeadline{5000};
 
 /// For the signal handler: what the process leaves behind unless it is removed.
@@ -122,13 +123,26 @@ int RunWorker(const WorkerOptions& options) {
     spdlog::error("worker cannot reach its daemon: address={}", options.daemon);
     return kExitCannotStart;
   }
+  StatusOr<DevicePlane> plane = MakeDevicePlane(options.device, options.num_threads);
+  if (!plane.ok()) {
+    spdlog::error("worker cannot use its device: {} remedy: {}", Message(plane.status()),
+                  FieldsOf(plane.status()).remedy);
+    return kExitCannotStart;
+  }
   WorkerCore::Options core_options;
   core_options.members.socket_path = options.socket_path;
   core_options.members.check_peer = options.check_peer;
+  core_options.members.attach_deadline = milliseconds(options.attach_deadline_ms);
+  core_options.members.mapper = plane->mapper;
+  core_options.on_broken = [] {
+    spdlog::error("worker ends: its GPU context is lost");
+    Leave(kExitDeviceLost);
+  };
+  core_options.device = options.device;
   core_options.num_threads = options.num_threads;
-  StatusOr<std::unique_ptr<WorkerCore>> core = WorkerCore::Create(
-      core_options, std::make_unique<ShmTransport>(ShmOptions{.num_threads = options.num_threads}),
-      [&stream](v1::WorkerReport report) { stream.Write(report); });
+  StatusOr<std::unique_ptr<WorkerCore>> core =
+      WorkerCore::Create(core_options, std::move(plane->transport),
+                         [&stream](v1::WorkerReport report) { stream.Write(report); });
   if (!core.ok()) {
     spdlog::error("worker cannot start: {}", Message(core.status()));
     return kExitCannotStart;

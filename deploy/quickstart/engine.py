@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import tempfile
+from typing import Any, Sequence
 
 import torch
 
@@ -45,3 +47,31 @@ def engine_rank(tp_rank: int, tp_size: int, ready: Any, questions: Any, answers:
                 if (difference := first_difference(params[name], tensor))
             ]
             answers.put((tp_rank, len(params), differences))
+
+
+class RankJudge:
+    """Lets every engine rank compare its memory with the trainer's full tensors.
+
+    Args:
+        questions: one queue per engine rank.
+        answers: the queue of their answers.
+    """
+
+    verdict = "every parameter of both engine ranks equals the trainer's bit for bit"
+
+    def __init__(self, questions: Sequence[Any], answers: Any) -> None:
+        self._questions = questions
+        self._answers = answers
+
+    def __call__(self, step: int, full: dict[str, torch.Tensor], logprobs: list[float]) -> None:
+        """Raises SystemExit at the first difference."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "full.pt")
+            torch.save(full, path)
+            for question in self._questions:
+                question.put((step, path))
+            for _ in self._questions:
+                tp_rank, params, differences = self._answers.get(timeout=120)
+                if differences:
+                    raise SystemExit(f"engine tp {tp_rank} differs: {differences}")
+                print(f"  engine tp {tp_rank}: {params} parameters equal the trainer's, bit for bit", flush=True)

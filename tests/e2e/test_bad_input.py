@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import pytest
@@ -30,6 +33,7 @@ CONFIG = {
 }
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+AT_ONCE_SECONDS = 8.0  # far below the deadlines of the phases, which are the defaults (15 s)
 _models = itertools.count()
 
 Source = dict[str, Any]
@@ -75,6 +79,14 @@ class _Engine:
         for name, poison in empty_params(CONFIG, 0, 1, torch.bfloat16).items():
             assert not first_difference(self.params[name], poison), name
         assert self.rank.version == 0
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """What is inside must not wait for a deadline."""
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < AT_ONCE_SECONDS
 
 
 def _missing(sources: list[Source]) -> None:
@@ -136,9 +148,11 @@ def test_bad_source_is_refused_on_every_rank(cluster: Cluster, model: str, case:
     with _Engine(cluster, model) as engine:
         actors = open_ranks(cluster.address, model, 2)
         try:
-            found = register_all(actors, sources)
+            with at_once():
+                found = register_all(actors, sources)
             if not found:
-                outcomes = sync_all(actors, 1)
+                with at_once():
+                    outcomes = sync_all(actors, 1)
                 assert all(isinstance(outcome, Error) for outcome in outcomes), outcomes
                 found = outcomes
         finally:
@@ -168,32 +182,137 @@ def test_moved_memory_fails_every_rank_and_names_the_one(cluster: Cluster, model
             actor.close()
 
 
+@pytest.mark.parametrize("how", ("freed", "swapped"))
+def test_freed_memory_fails_the_sync(cluster: Cluster, model: str, how: str) -> None:
+    source = _source()
+    with _Engine(cluster, model) as engine, Actor(
+        cluster.address, model=model, rank=0, world_size=1
+    ) as actor:
+        actor.register(source)
+        if how == "freed":
+            source[NORM].data = torch.empty(0)
+        else:
+            source[NORM].data = source[NORM].clone()
+        with at_once(), pytest.raises(errors.MemoryMovedError) as caught:
+            actor.sync(1)
+        assert (caught.value.tensor, caught.value.reason) == (NORM, "MEMORY_MOVED")
+        assert "register()" in caught.value.remedy
+        engine.assert_untouched()
+
+
+def test_truncated_memory_fails_the_sync(cluster: Cluster, model: str) -> None:
+    """Another process, or the trainer itself, cuts off what was lent."""
+    source = _source()
+    with _Engine(cluster, model) as engine, Actor(
+        cluster.address, model=model, rank=0, world_size=1
+    ) as actor:
+        actor.register(source)
+        descriptor, _ = source[HEAD].untyped_storage()._share_fd_cpu_()
+        os.ftruncate(descriptor, 0)
+        with at_once(), pytest.raises(Error) as caught:
+            actor.sync(1)
+        assert caught.value.reason == "MEMORY_MOVED" and caught.value.remedy, str(caught.value)
+        assert "actor 0" in str(caught.value)
+        engine.assert_untouched()
+
+
+class _Partial:
+    """A pending reduction, as torch's placement of that name."""
+
+    def is_partial(self) -> bool:
+        """Always."""
+        return True
+
+
+def test_pending_reduction_is_refused(cluster: Cluster, model: str) -> None:
+    source = _source()
+    source[NORM] = SimpleNamespace(
+        shape=source[NORM].shape,
+        dtype=source[NORM].dtype,
+        device_mesh=SimpleNamespace(shape=(2,), get_coordinate=lambda: [0]),
+        placements=(_Partial(),),
+        _local_tensor=source[NORM],
+    )
+    with _Engine(cluster, model) as engine, Actor(
+        cluster.address, model=model, rank=0, world_size=1
+    ) as actor:
+        with at_once(), pytest.raises(errors.LayoutError) as caught:
+            actor.register(source)
+        assert (caught.value.reason, caught.value.tensor) == ("PARTIAL", NORM)
+        assert "Replicate()" in caught.value.remedy
+        engine.assert_untouched()
+
+
+def test_tensor_that_is_given_twice_is_refused(cluster: Cluster, model: str) -> None:
+    source = _source()
+    with _Engine(cluster, model) as engine, Actor(
+        cluster.address, model=model, rank=0, world_size=1
+    ) as actor:
+        with at_once(), pytest.raises(errors.LayoutError) as caught:
+            actor.register([*source.items(), (NORM, source[NORM])])
+        assert (caught.value.reason, caught.value.tensor) == ("DUPLICATE_TENSOR", NORM)
+        assert caught.value.remedy
+        engine.assert_untouched()
+
+
+def test_name_that_is_too_long_is_refused(cluster: Cluster, model: str) -> None:
+    source = {**_source(), "x" * 5000: torch.zeros(1)}
+    with _Engine(cluster, model) as engine, Actor(
+        cluster.address, model=model, rank=0, world_size=1
+    ) as actor:
+        with at_once(), pytest.raises(errors.LayoutError) as caught:
+            actor.register(source)
+        assert "4096" in caught.value.remedy
+        engine.assert_untouched()
+
+
+def test_ranks_that_ask_for_different_syncs_are_refused(cluster: Cluster, model: str) -> None:
+    with _Engine(cluster, model) as engine:
+        actors = open_ranks(cluster.address, model, 2)
+        assert register_all(actors, [_source(), _source()]) == []
+        with at_once():
+            outcomes = sync_all(actors, [1, 2])
+        for error in outcomes:
+            assert isinstance(error, Error) and error.reason == "PLAN_MISMATCH", outcomes
+            assert "same arguments" in error.remedy and error.rank, str(error)
+        engine.assert_untouched()
+        for actor in actors:
+            actor.close()
+
+
 def test_versions_never_go_back(cluster: Cluster, model: str) -> None:
     source = _source()
-    with _Engine(cluster, model), Actor(
+    with _Engine(cluster, model) as engine, Actor(
         cluster.address, model=model, rank=0, world_size=1
     ) as actor:
         actor.register(source)
         actor.sync(5)
-        with pytest.raises(errors.VersionError) as caught:
-            actor.sync(4)
-        assert caught.value.reason == "STALE_VERSION" and caught.value.remedy
+        served = engine.params[NORM].clone()
         source[NORM].add_(1)
-        with pytest.raises(errors.VersionError) as caught:
-            actor.sync(5)
-        assert caught.value.reason in ("REUSED_VERSION", "STALE_VERSION")
+        for version, reason in ((4, "STALE_VERSION"), (5, "REUSED_VERSION")):
+            with at_once(), pytest.raises(errors.VersionError) as caught:
+                actor.sync(version)
+            assert caught.value.reason == reason and "above 5" in caught.value.remedy
+            assert not first_difference(engine.params[NORM], served)
+            assert engine.rank.version == 5
         assert actor.sync(6).version == 6
 
 
 def test_ranks_of_one_group_must_agree(cluster: Cluster, model: str) -> None:
     group = new_group()
-    with Actor(cluster.address, model=model, rank=0, world_size=2, group=group):
+    with _Engine(cluster, model) as engine, Actor(
+        cluster.address, model=model, rank=0, world_size=2, group=group
+    ):
         with pytest.raises(errors.GroupError) as caught:
             Actor(cluster.address, model=model, rank=1, world_size=3, group=group)
         assert caught.value.reason == "WORLD_SIZE" and caught.value.remedy
         with pytest.raises(errors.GroupError) as caught:
             Actor(cluster.address, model=model, rank=0, world_size=2, group=group)
         assert caught.value.reason == "DUPLICATE_RANK" and caught.value.remedy
+        with pytest.raises(errors.GroupError) as caught:
+            Actor(cluster.address, model=model, rank=0, world_size=2**31 - 1, group=new_group())
+        assert caught.value.reason == "WORLD_SIZE" and "max_sessions" in caught.value.remedy
+        engine.assert_untouched()
 
 
 def test_newer_trainer_fences_the_older(cluster: Cluster, model: str) -> None:
@@ -214,17 +333,37 @@ def test_unknown_architecture_names_the_nearest(cluster: Cluster, model: str) ->
     with pytest.raises(errors.LayoutError, match="LlamaForCausalLM") as caught:
         _Engine(cluster, model, architecture="LlamaForCausalLN")
     assert caught.value.reason == "UNKNOWN_ARCHITECTURE"
+    assert "nearest" in str(caught.value) and caught.value.remedy
+
+
+def test_names_of_another_profile_are_refused_with_the_one_that_fits(
+    cluster: Cluster, model: str
+) -> None:
+    name = "model.layers.0.self_attn.fused_qkv_a_proj.weight"
+    with pytest.raises(errors.LayoutError) as caught:
+        EngineRank(
+            cluster.address,
+            model=model,
+            engine="e0",
+            architecture="DeepseekV2ForCausalLM",
+            config={"model_type": "deepseek_v2"},
+            params={name: torch.zeros(4)},
+            profile="vllm-0.6.3",
+        )
+    assert (caught.value.reason, caught.value.tensor) == ("UNKNOWN_PROFILE", name)
+    assert "vllm-0.32" in caught.value.remedy
 
 
 def test_parameter_without_a_rule_is_refused(cluster: Cluster, model: str) -> None:
     extra = {"model.layers.0.mystery.weight": torch.zeros(4, dtype=torch.bfloat16)}
-    with pytest.raises(errors.LayoutError) as caught:
-        with _Engine(cluster, model, extra=extra), Actor(
-            cluster.address, model=model, rank=0, world_size=1
-        ) as actor:
-            actor.register(_source())
+    with _Engine(cluster, model, extra=extra) as engine, Actor(
+        cluster.address, model=model, rank=0, world_size=1
+    ) as actor:
+        actor.register(_source())
+        with at_once(), pytest.raises(errors.LayoutError) as caught:
             actor.sync(1)
-    assert caught.value.reason == "UNCOVERED_PARAMETER"
+        engine.assert_untouched()
+    assert caught.value.reason == "UNCOVERED_PARAMETER" and "rule" in caught.value.remedy
     assert caught.value.tensor == "model.layers.0.mystery.weight"
 
 

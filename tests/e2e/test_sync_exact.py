@@ -1,7 +1,8 @@
 """From real FSDP2 ranks into engines: after every sync each engine holds, bit for bit, the golden
 layout of ``full_tensor()`` cast to the engine's dtype.
 
-One sync serves four engines at once: TP 1 and 2, each in bfloat16 and float32.
+One sync serves four engines at once: TP 1 and 2, each in bfloat16 and float32. Memory is on one
+device, or spread over three, so that several workers write into one engine rank.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests.support.cluster import Cluster, EngineProcess, missing_binaries
+from tests.support.cluster import Cluster, EngineCaller, EngineProcess, missing_binaries
 from tests.support.gloo import run_ranks
 from weightd import Actor
 
 pytestmark = pytest.mark.skipif(bool(missing_binaries()), reason=missing_binaries() or "-")
 
 VERSIONS = (1, 2, 3)
+ONE_DEVICE = ("host",)
+DEVICES = ("host", "host.1", "host.2")
 TRAINERS = {
     "fsdp4": ((4,), ("dp",)),
     "hsdp2x2": ((2, 2), ("rep", "dp")),
@@ -49,7 +52,7 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A daemon for all cases; each case has its own model key."""
-    with Cluster() as running:
+    with Cluster(f"[worker]\ndevices = {list(DEVICES)}\n".replace("'", '"')) as running:
         yield running
 
 
@@ -102,7 +105,8 @@ def _train(
     family: str,
     trainer: str,
     dtype: torch.dtype,
-    engines: list[tuple[EngineProcess, str]],
+    devices: tuple[str, ...],
+    engines: list[tuple[EngineCaller, str]],
     folder: Path,
 ) -> list[str]:
     """One trainer rank: three versions, each checked in every engine. Returns what went wrong."""
@@ -110,7 +114,7 @@ def _train(
     whole, model = _model(family, dtype), _model(family, dtype)
     _shard(model, init_device_mesh("cpu", shape, mesh_dim_names=names))
     problems: list[str] = []
-    with Actor(address, model=model_key) as actor:
+    with Actor(address, model=model_key, device=devices[rank % len(devices)]) as actor:
         actor.register(model)
         for version in VERSIONS:
             _step(model, version)
@@ -143,8 +147,8 @@ def _unexpected(ack: Any, version: int) -> list[str]:
 
 
 def _open_engines(
-    processes: list[EngineProcess], model_key: str, family: str
-) -> list[tuple[EngineProcess, str]]:
+    processes: list[EngineProcess], model_key: str, family: str, devices: tuple[str, ...]
+) -> list[tuple[EngineCaller, str]]:
     """Opens every engine of the case; ranks of one engine lie in different processes."""
     _, config_kind, more = FAMILIES[family]
     config = config_kind(**SIZES, **more).to_dict()
@@ -164,34 +168,52 @@ def _open_engines(
                 tp_rank=tp_rank,
                 tp_size=tp_size,
                 dtype=dtype,
+                device=devices[(number + tp_rank) % len(devices)],
             )
-            opened.append((process, key))
+            opened.append((process.caller, key))
     return opened
 
 
 CASES = [
-    ("LlamaForCausalLM", trainer, dtype)
+    ("LlamaForCausalLM", trainer, dtype, ONE_DEVICE)
     for trainer in TRAINERS
     for dtype in (torch.float32, torch.bfloat16)
 ] + [
-    ("Qwen2ForCausalLM", "fsdp4", torch.float32),
-    ("Qwen2ForCausalLM", "fsdp2xtp2", torch.bfloat16),
+    ("Qwen2ForCausalLM", "fsdp4", torch.float32, ONE_DEVICE),
+    ("Qwen2ForCausalLM", "fsdp2xtp2", torch.bfloat16, ONE_DEVICE),
+    ("LlamaForCausalLM", "fsdp4", torch.float32, DEVICES),
+    ("LlamaForCausalLM", "hsdp2x2", torch.bfloat16, DEVICES),
+    ("Qwen2ForCausalLM", "fsdp2xtp2", torch.float32, DEVICES),
 ]
 
 
-@pytest.mark.parametrize(("family", "trainer", "dtype"), CASES, ids=str)
+def _case_id(value: object) -> str:
+    return f"{len(value)}dev" if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize(("family", "trainer", "dtype", "devices"), CASES, ids=_case_id)
 def test_engines_hold_the_golden_layout_bit_for_bit(
     cluster: Cluster,
     engine_processes: list[EngineProcess],
     family: str,
     trainer: str,
     dtype: torch.dtype,
+    devices: tuple[str, ...],
 ) -> None:
-    model_key = f"{family}-{trainer}-{str(dtype).removeprefix('torch.')}"
-    engines = _open_engines(engine_processes, model_key, family)
+    model_key = f"{family}-{trainer}-{str(dtype).removeprefix('torch.')}-{len(devices)}"
+    engines = _open_engines(engine_processes, model_key, family, devices)
     try:
         problems = run_ranks(
-            4, _train, cluster.address, model_key, family, trainer, dtype, engines, cluster.folder
+            4,
+            _train,
+            cluster.address,
+            model_key,
+            family,
+            trainer,
+            dtype,
+            devices,
+            engines,
+            cluster.folder,
         )
     except AssertionError as error:
         pytest.fail(f"{error}\n{cluster.logs()}")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import reduction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Mapping, Optional, Sequence
+from typing import IO, Any, Mapping, Optional, Sequence
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 30.0
@@ -43,11 +45,12 @@ class Cluster:
         address: of the daemon's control plane.
     """
 
-    def __init__(self, settings: str = "") -> None:
+    def __init__(self, settings: str = "", ports: bool = False) -> None:
         """Starts the daemon.
 
         Args:
             settings: TOML appended to the configuration, whole sections.
+            ports: serve TCP and HTTP, too, on ports that the system chooses; see `port`.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="weightd-e2e-")
         self.folder = Path(self._folder.name)
@@ -55,7 +58,9 @@ class Cluster:
         self.address = f"unix:{self._socket}"
         self._engines: list[EngineProcess] = []
         self._daemon: Optional[subprocess.Popen] = None
-        config = f'[listen]\nsocket = "{self._socket}"\ntcp = ""\nhttp = ""\n\n'
+        endpoint = "127.0.0.1:0" if ports else ""
+        config = f'[listen]\nsocket = "{self._socket}"\n'
+        config += f'tcp = "{endpoint}"\nhttp = "{endpoint}"\n\n'
         config += f'[runtime]\nruntime_dir = "{self.folder}"\nlog_level = "debug"\n\n{settings}'
         (self.folder / "weightd.toml").write_text(config, encoding="utf-8")
         try:
@@ -69,6 +74,17 @@ class Cluster:
         """Process id of the running daemon."""
         assert self._daemon is not None
         return self._daemon.pid
+
+    def port(self, kind: str) -> int:
+        """Port of the running daemon; ``kind`` is ``tcp`` or ``http``."""
+        deadline = time.monotonic() + _START_SECONDS
+        pattern = re.compile(rf"serves: .*\b{kind}_port=(\d+)")
+        while True:
+            found = pattern.findall((self.folder / "daemon.log").read_text(errors="replace"))
+            if found:
+                return int(found[-1])
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.02)
 
     def start_daemon(self) -> None:
         """Starts the daemon and waits until it takes connections.
@@ -147,10 +163,7 @@ class Cluster:
 
 
 class EngineProcess:
-    """A process that opens engine ranks on request; see tests/support/engine_process.py.
-
-    One caller at a time, in this process or in one forked from it.
-    """
+    """A process that opens engine ranks on request; see tests/support/engine_process.py."""
 
     def __init__(
         self,
@@ -160,8 +173,6 @@ class EngineProcess:
         module: str,
         more_environment: Mapping[str, str],
     ) -> None:
-        self.name = name
-        self._log_path = log_path
         environment = dict(os.environ)
         paths: Sequence[str] = (str(_ROOT / "client" / "python"), str(_ROOT))
         if "WEIGHTD_INSTALLED" in environment:
@@ -178,6 +189,8 @@ class EngineProcess:
                 cwd=_ROOT,
                 env=environment,
             )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self.caller = EngineCaller(name, log_path, self._process.stdin, self._process.stdout)
 
     @property
     def pid(self) -> int:
@@ -185,23 +198,8 @@ class EngineProcess:
         return self._process.pid
 
     def call(self, operation: str, **arguments: Any) -> Any:
-        """Asks for one operation and returns its answer.
-
-        Raises:
-            AssertionError: the operation failed or the process is gone; with its traceback or log.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request = json.dumps({"operation": operation, **arguments}) + "\n"
-        try:
-            self._process.stdin.write(request.encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        line = self._process.stdout.readline()
-        assert line, f"{self.name} is gone:\n{self._log_path.read_text(errors='replace')}"
-        answer = json.loads(line)
-        assert "error" not in answer, f"{self.name}: {operation} failed:\n{answer.get('error')}"
-        return answer["value"]
+        """As `EngineCaller.call`."""
+        return self.caller.call(operation, **arguments)
 
     def close(self) -> None:
         """Lets the process close its ranks and end."""
@@ -211,6 +209,47 @@ class EngineProcess:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             _end(self._process, signal.SIGKILL)
+
+
+class EngineCaller:
+    """The pipes to an `EngineProcess`; may be handed to a process that multiprocessing starts.
+
+    One caller at a time.
+    """
+
+    def __init__(self, name: str, log_path: Path, requests: IO[bytes], answers: IO[bytes]) -> None:
+        self._name = name
+        self._log_path = log_path
+        self._requests = requests
+        self._answers = answers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        pipes = [reduction.DupFd(pipe.fileno()) for pipe in (self._requests, self._answers)]
+        return _caller_in_child, (self._name, self._log_path, *pipes)
+
+    def call(self, operation: str, **arguments: Any) -> Any:
+        """Asks for one operation and returns its answer.
+
+        Raises:
+            AssertionError: the operation failed or the process is gone; with its traceback or log.
+        """
+        request = json.dumps({"operation": operation, **arguments}) + "\n"
+        try:
+            self._requests.write(request.encode())
+            self._requests.flush()
+        except BrokenPipeError:
+            pass
+        line = self._answers.readline()
+        assert line, f"{self._name} is gone:\n{self._log_path.read_text(errors='replace')}"
+        answer = json.loads(line)
+        assert "error" not in answer, f"{self._name}: {operation} failed:\n{answer.get('error')}"
+        return answer["value"]
+
+
+def _caller_in_child(name: str, log_path: Path, requests: Any, answers: Any) -> EngineCaller:
+    return EngineCaller(
+        name, log_path, open(requests.detach(), "wb"), open(answers.detach(), "rb")
+    )
 
 
 def _end(process: subprocess.Popen, signal_number: int) -> int:

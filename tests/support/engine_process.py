@@ -2,7 +2,8 @@
 
     python -m tests.support.engine_process ADDRESS
 
-Operations: open, check, state, close; see the functions of the same names. Ends with its input.
+Operations: open, check, state, capture, replay, close; see the functions of the same names. Ends
+with its input.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ class Ranks:
     def __init__(self, address: str) -> None:
         self._address = address
         self._ranks: dict[str, tuple[EngineRank, dict[str, Any], dict[str, torch.Tensor]]] = {}
+        self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def open(self, key: str, **options: Any) -> dict[str, Any]:
-        """Opens a rank with poisoned parameters; ``dtype`` is torch's name of its type."""
+    def open(self, key: str, memory: str = "cpu", **options: Any) -> dict[str, Any]:
+        """Opens a rank with poisoned parameters.
+
+        ``memory`` is the torch device that they are on, ``dtype`` torch's name of their type.
+        """
         dtype = getattr(torch, options.pop("dtype"))
         config, tp_rank, tp_size = options["config"], options["tp_rank"], options["tp_size"]
         params = empty_params(config, tp_rank, tp_size, dtype)
+        params = {name: tensor.to(memory) for name, tensor in params.items()}
         rank = EngineRank(self._address, params=params, **options)
         self._ranks[key] = (rank, {**options, "dtype": dtype}, params)
         return rank.state
@@ -57,10 +63,35 @@ class Ranks:
         if expected.keys() != params.keys():
             differences.append(f"names: {sorted(expected.keys() ^ params.keys())}")
         for name, tensor in expected.items():
-            difference = first_difference(params[name], tensor)
+            difference = first_difference(params[name].cpu(), tensor)
             if difference:
                 differences.append(f"{key} {name}: {difference}")
         return differences
+
+    def capture(self, key: str) -> None:
+        """Captures a CUDA graph that reads every parameter of a rank where it lies now."""
+        params = list(self._ranks[key][2].values())
+        result = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
+
+        def read() -> None:
+            for place, tensor in enumerate(params):
+                words = tensor.view(torch.int16).flatten().to(torch.int64)
+                result[place] = (words * torch.arange(1, len(words) + 1, device=words.device)).sum()
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            read()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            read()
+        self._graphs[key] = (graph, result)
+
+    def replay(self, key: str) -> list[int]:
+        """Replays the captured graph: one position-dependent sum of bits per parameter."""
+        graph, result = self._graphs[key]
+        graph.replay()
+        return result.tolist()
 
     def state(self, key: str) -> dict[str, Any]:
         """Returns the state of a rank."""
@@ -68,6 +99,7 @@ class Ranks:
 
     def close(self, key: str) -> None:
         """Closes a rank."""
+        self._graphs.pop(key, None)
         self._ranks.pop(key)[0].close()
 
     def close_all(self) -> None:

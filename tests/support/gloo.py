@@ -1,4 +1,8 @@
-"""Runs a function on several ranks of a gloo process group, forked from this process."""
+"""Runs a function on several ranks of a gloo process group.
+
+The ranks are forked from a server that has imported torch once and never used weightd, which a
+process must not have done before it forks ranks that do.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,23 @@ import traceback
 from multiprocessing import get_context
 from typing import Any, Callable
 
+# What every rank would import at its first DTensor operation; imported once, by the server.
+PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "transformers"]
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Calls ``function(rank, *args)`` in ``world_size`` forked ranks and returns their results.
+    """Calls ``function(rank, *args)`` in ``world_size`` processes and returns their results.
+
+    Args:
+        world_size: how many ranks.
+        function: of a module's top level; it and its arguments are pickled.
+        args: after the rank.
 
     Raises:
         AssertionError: a rank failed; the message has its traceback.
     """
-    # What every rank would import at its first DTensor operation is imported once, before the fork.
-    import torch._dynamo  # noqa: F401
-    import torch.distributed.fsdp  # noqa: F401
-
-    context = get_context("fork")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="weightd-test-") as folder:
         pipes, ranks = [], []
         for rank in range(world_size):

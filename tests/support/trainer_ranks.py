@@ -33,10 +33,18 @@ def register_all(actors: Sequence[Actor], sources: Sequence[Mapping[str, Any]]) 
     return found
 
 
-def sync_all(actors: Sequence[Actor], version: int, **options: Any) -> list[Outcome]:
-    """Syncs on all ranks at once; returns each rank's acknowledgement or error."""
+def sync_all(
+    actors: Sequence[Actor], version: Union[int, Sequence[int]], **options: Any
+) -> list[Outcome]:
+    """Syncs on all ranks at once; returns each rank's acknowledgement or error.
+
+    Args:
+        version: of all ranks, or one for each.
+    """
+    versions = [version] * len(actors) if isinstance(version, int) else version
     with ThreadPoolExecutor(len(actors)) as pool:
-        return list(pool.map(lambda actor: _sync(actor, version, options), actors))
+        calls = zip(actors, versions)
+        return list(pool.map(lambda call: _sync(call[0], call[1], options), calls))
 
 
 def _sync(actor: Actor, version: int, options: dict[str, Any]) -> Outcome:

@@ -47,7 +47,9 @@ std::string ListLoaders(const LoaderRegistry& registry, bool json) {
   std::string text =
       fmt::format("{:<24} {:<24} {:<28} {}\n", "LOADER", "PROFILES", "ORIGIN", "ARCHITECTURES");
   for (const auto& loader : registry.loaders()) {
+    const bool embedded = loader->origin().starts_with("embedded:");
     list.push_back({{"name", loader->name()},
+                    {"source", embedded ? "embedded" : "directory"},
                     {"origin", loader->origin()},
                     {"profiles", loader->profiles()},
                     {"architectures", loader->architectures()}});

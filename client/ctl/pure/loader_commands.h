@@ -11,7 +11,8 @@
 namespace weightd {
 
 /// The loaders of a registry: name, origin, profiles, architectures. Text is a table, JSON
-/// {"loaders": [{"name", "origin", "profiles", "architectures"}]}.
+/// {"loaders": [{"name", "source", "origin", "profiles", "architectures"}]}, where source is
+/// "embedded" or "directory" and origin the embedded name or the file's path.
 std::string ListLoaders(const LoaderRegistry& registry, bool json);
 
 /// The rule file `path`, or every *.rules file of the directory `path`, sorted.

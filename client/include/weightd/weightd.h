@@ -18,8 +18,9 @@
  * - Functions on one object may be called from any thread, one at a time, except *_cancel and
  *   *_state, which may be called at any time. Objects are independent.
  * - After fork() the objects are unusable in the child, which inherits no descriptor of theirs; the
- *   parent goes on. In the child every call fails with FAILED_PRECONDITION, a state is {} and close
- *   only frees the handle.
+ *   parent goes on. In the child every call fails with FAILED_PRECONDITION FORKED, a state is {}
+ * and close only frees the handle. New objects are refused alike in a child of a process that has
+ *   opened one: gRPC's threads do not survive the fork. Start such processes by spawn or exec.
  */
 #ifndef WEIGHTD_WEIGHTD_H_
 #define WEIGHTD_WEIGHTD_H_
@@ -64,8 +65,15 @@ WEIGHTD_API void weightd_string_free(char* text);
  * int8, 6 uint8, 7 int16, 8 int32, 9 int64, 10 bool, 11 float8_e4m3fn, 12 float8_e5m2). */
 typedef int32_t weightd_dtype;
 
-/* Where a block of elements lies. */
+/* Kinds of memory. */
+#define WEIGHTD_SPACE_HOST 0
+#define WEIGHTD_SPACE_CUDA 1
+
+/* Where a block of elements lies. In GPU memory only `address` and `strides` count: the library
+ * finds the allocation behind it and lends that to the worker of its GPU. All memory of one rank
+ * lies on one device. */
 typedef struct weightd_memory {
+  int32_t space;         /* WEIGHTD_SPACE_HOST or WEIGHTD_SPACE_CUDA */
   int32_t fd;            /* shared memory object to lend (memfd, /dev/shm file); -1: staged */
   uint64_t fd_size;      /* bytes of the shared memory object */
   uint64_t offset_bytes; /* of the first element, from the start of the object */
@@ -103,6 +111,8 @@ typedef struct weightd_actor_options {
   int32_t rank;
   int32_t world_size;
   int32_t connect_timeout_ms; /* 0 = 10,000 */
+  const char* device; /* that holds the rank's memory, as the daemon names it: "host", "host.1" or a
+                         GPU UUID; NULL or "" = "host" */
 } weightd_actor_options;
 
 /* Connects and shakes hands. Blocks up to connect_timeout_ms, during which a daemon that is not
@@ -110,6 +120,7 @@ typedef struct weightd_actor_options {
  * worker was lost it connects, registers and lends its memory again, with a backoff of 50 ms to 1
  * s.
  * \error UNAVAILABLE DAEMON_LOST if no daemon answers at the address
+ * \error FAILED_PRECONDITION FORKED in a child of a process that has opened an actor or engine
  * \error FAILED_PRECONDITION PROTOCOL_VERSION if daemon and library speak different protocols
  * \error ALREADY_EXISTS DUPLICATE_RANK, INVALID_ARGUMENT WORLD_SIZE, ABORTED FENCED: see
  *   actor.proto */
@@ -124,8 +135,13 @@ WEIGHTD_API weightd_error* weightd_actor_open(const weightd_actor_options* optio
  * the worker's ring during a sync, from `address` if it is not NULL, otherwise from the memory that
  * the sync is given. The soft limit of open files is raised when it is too low.
  * \error INVALID_ARGUMENT SHAPE/DTYPE/DUPLICATE_TENSOR/TABLE_MISMATCH naming the tensor
+ * \error INVALID_ARGUMENT UNKNOWN_DEVICE if the daemon has no worker for the device; lists those
+ *   that it serves
  * \error INVALID_ARGUMENT SHARED_MEMORY naming the tensor if its object is smaller than it should
  *   be
+ * \error UNIMPLEMENTED MEMORY naming the tensor if no other process can map its GPU memory (sleep
+ *   mode, cudaMallocAsync, managed memory)
+ * \error INVALID_ARGUMENT DEVICE if the tensors of the rank lie on several devices
  * \error RESOURCE_EXHAUSTED FILE_DESCRIPTORS if the hard limit cannot hold the descriptors
  * \error UNAVAILABLE DAEMON_LOST, DEADLINE_EXCEEDED DEADLINE if daemon or worker do not answer */
 WEIGHTD_API weightd_error* weightd_actor_register(weightd_actor* actor,
@@ -146,6 +162,8 @@ typedef struct weightd_sync_options {
   int32_t check_replicas;    /* nonzero: compare replicated shards first */
   const weightd_staged* staged;
   size_t num_staged;
+  void* cuda_stream; /* GPU memory: the CUstream whose work so far produces the weights; NULL is the
+                        default stream. The transfer waits for it, the caller does not. */
   const char* refuse_reason; /* not NULL: this rank refuses (e.g. "MEMORY_MOVED"); the sync fails on
                                 every rank */
   const char* refuse_message;
@@ -153,7 +171,8 @@ typedef struct weightd_sync_options {
   const char* refuse_remedy;
 } weightd_sync_options;
 
-/* Starts a sync. Does not block. The registered memory must not change until the sync has ended;
+/* Starts a sync. Does not block; with GPU memory an event is recorded on `cuda_stream`. The
+ * registered memory must not change until the sync has ended;
  * staged memory is not read any more once weightd_actor_sync_wait has returned 1. While the daemon
  * or worker is being replaced the sync waits for the registration to come back, for at most
  * connect_timeout_ms. A staged shard without memory makes the sync fail on every rank with
@@ -203,6 +222,7 @@ typedef struct weightd_engine_options {
   int32_t auto_quiesce; /* nonzero: nobody reads the parameters during a sync, answer Prepare and
                            Commit at once */
   int32_t connect_timeout_ms; /* 0 = 10,000; < 0: do not wait, keep trying in the background */
+  const char* device;         /* that holds the rank's memory, as weightd_actor_options */
 } weightd_engine_options;
 
 /* One parameter of this rank. kind: 1 raw, 2 derived, 3 opaque. alias_of: NULL, or the parameter
@@ -214,7 +234,7 @@ typedef struct weightd_param {
   int64_t shape[WEIGHTD_MAX_DIMS]; /* local */
   int32_t kind;
   const char* alias_of;
-  weightd_memory memory; /* fd must be >= 0 unless opaque or aliased */
+  weightd_memory memory; /* fd must be >= 0 or the space CUDA, unless opaque or aliased */
 } weightd_param;
 
 /* As weightd_actor_open. With connect_timeout_ms < 0 it does not block and fails only for bad
@@ -226,7 +246,7 @@ WEIGHTD_API weightd_error* weightd_engine_open(const weightd_engine_options* opt
  * daemon and worker have taken them, unless connect_timeout_ms < 0, in which case it goes on in
  * the background and weightd_engine_state tells.
  * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE if no rule file describes the model;
- *   INVALID_ARGUMENT as weightd_actor_register */
+ *   INVALID_ARGUMENT (and UNKNOWN_DEVICE) as weightd_actor_register */
 WEIGHTD_API weightd_error* weightd_engine_register(weightd_engine* engine,
                                                    const weightd_param* params, size_t num_params);
 

@@ -7,15 +7,18 @@ touches no device.
 
 from weightd import errors
 from weightd._group import new_group
-from weightd.ack import Ack, ReplicaOutcome
+from weightd.ack import Ack, EngineDrive, ReplicaOutcome
 from weightd.actor import Actor
 from weightd.engine import EngineRank
+from weightd.engine_client import EngineClient
 from weightd.errors import Error
 
 __version__ = "0.1.0"
 __all__ = [
     "Ack",
     "Actor",
+    "EngineClient",
+    "EngineDrive",
     "EngineRank",
     "Error",
     "ReplicaOutcome",

@@ -7,7 +7,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 from weightd import _native
 from weightd._layout import LocalTensor
-from weightd._memory import SharedStorage, storage_key
+from weightd._memory import SharedStorage, is_cuda, storage_key
 
 
 def fill_memory(memory: _native.Memory, tensor: Any, shared: Mapping[int, SharedStorage]) -> None:
@@ -15,6 +15,10 @@ def fill_memory(memory: _native.Memory, tensor: Any, shared: Mapping[int, Shared
     strides = tensor.stride()
     memory.strides[: len(strides)] = strides
     memory.address = tensor.data_ptr()
+    if is_cuda(tensor):
+        memory.space = _native.SPACE_CUDA
+        memory.fd = -1
+        return
     lent = shared.get(storage_key(tensor))
     if lent is None:
         memory.fd = -1

@@ -1,7 +1,8 @@
-"""Lending host memory without a copy: torch moves a CPU storage into shared memory in place.
+"""Lending memory without a copy: CPU storages move into shared memory, GPU memory stays as it is.
 
 The descriptor of a shared storage belongs to the storage: torch closes it when the storage dies,
-the C library works on a duplicate, and nothing here ever closes one.
+the C library works on a duplicate, and nothing here ever closes one. For GPU memory the C library
+finds the allocation behind an address and asks the driver for handles of it.
 """
 
 from __future__ import annotations
@@ -33,11 +34,16 @@ def storage_key(tensor: Any) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def check_host_tensor(name: str, tensor: Any) -> None:
-    """Refuses what the host data plane cannot read in place.
+def is_cuda(tensor: Any) -> bool:
+    """True if the tensor lies in the memory of an NVIDIA GPU."""
+    return tensor.device.type == "cuda"
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Refuses what no data plane can read in place.
 
     Raises:
-        errors.UnsupportedError: not in host memory, or not strided.
+        errors.UnsupportedError: in memory of another kind, or not strided.
     """
     if tensor.device.type == "meta":
         raise errors.UnsupportedError(
@@ -47,13 +53,13 @@ def check_host_tensor(name: str, tensor: Any) -> None:
             tensor=name,
             remedy="materialise the module (to_empty and initialise) before it is registered",
         )
-    if tensor.device.type != "cpu":
+    if tensor.device.type not in ("cpu", "cuda"):
         raise errors.UnsupportedError(
-            f"the GPU data plane is not in this build: device={tensor.device}",
+            f"tensor is neither in host memory nor on an NVIDIA GPU: device={tensor.device}",
             code=errors.UNIMPLEMENTED,
             reason="DEVICE",
             tensor=name,
-            remedy="pass CPU tensors, e.g. through sync(tensors=[(name, tensor.cpu()), ...])",
+            remedy="pass CPU or CUDA tensors, e.g. sync(tensors=[(name, tensor.cpu()), ...])",
         )
     if str(tensor.layout) != "torch.strided" or tensor.is_quantized:
         raise errors.UnsupportedError(
@@ -68,7 +74,7 @@ def check_host_tensor(name: str, tensor: Any) -> None:
 def share(tensors: Sequence[tuple[str, Any]]) -> dict[int, SharedStorage]:
     """Moves the storages of plain CPU tensors into shared memory, in place.
 
-    Storages that must not move (pinned, NumPy-backed, mapped files, foreign shared memory) are left
+    GPU tensors are lent as they lie and are missing from the answer. Storages that must not move (pinned, NumPy-backed, mapped files, foreign shared memory) are left
     alone and missing from the answer.
 
     Args:
@@ -83,6 +89,8 @@ def share(tensors: Sequence[tuple[str, Any]]) -> dict[int, SharedStorage]:
     """
     storages: dict[int, tuple[str, Any]] = {}
     for name, tensor in tensors:
+        if is_cuda(tensor):
+            continue
         storage = tensor.untyped_storage()
         if storage.nbytes() > 0:
             storages.setdefault(storage._cdata, (name, storage))

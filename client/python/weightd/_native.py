@@ -14,6 +14,7 @@ from weightd.ack import Ack
 
 ABI_VERSION = 1
 MAX_DIMS = 8
+SPACE_CUDA = 1
 _FIELDS = ("reason", "message", "tensor", "rank", "phase", "peer", "remedy", "result")
 
 Dims = ctypes.c_int64 * MAX_DIMS
@@ -23,6 +24,7 @@ class Memory(ctypes.Structure):
     """``weightd_memory``: where a block of elements lies."""
 
     _fields_ = [
+        ("space", ctypes.c_int32),
         ("fd", ctypes.c_int32),
         ("fd_size", ctypes.c_uint64),
         ("offset_bytes", ctypes.c_uint64),
@@ -61,6 +63,7 @@ class ActorOptions(ctypes.Structure):
         ("rank", ctypes.c_int32),
         ("world_size", ctypes.c_int32),
         ("connect_timeout_ms", ctypes.c_int32),
+        ("device", ctypes.c_char_p),
     ]
 
 
@@ -84,6 +87,7 @@ class SyncOptions(ctypes.Structure):
         ("check_replicas", ctypes.c_int32),
         ("staged", ctypes.POINTER(Staged)),
         ("num_staged", ctypes.c_size_t),
+        ("cuda_stream", ctypes.c_void_p),
         ("refuse_reason", ctypes.c_char_p),
         ("refuse_message", ctypes.c_char_p),
         ("refuse_tensor", ctypes.c_char_p),
@@ -111,6 +115,7 @@ class EngineOptions(ctypes.Structure):
         ("commit_mode", ctypes.c_char_p),
         ("auto_quiesce", ctypes.c_int32),
         ("connect_timeout_ms", ctypes.c_int32),
+        ("device", ctypes.c_char_p),
     ]
 
 

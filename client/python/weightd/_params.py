@@ -59,7 +59,7 @@ def param_array(
         first = seen.setdefault(key, name) if tensor.numel() else name
         target.alias_of = _native.encode(first) if first != name else None
         fill_memory(target.memory, tensor, shared)
-        if target.memory.fd < 0 and tensor.numel():
+        if target.memory.fd < 0 and tensor.numel() and not _memory.is_cuda(tensor):
             raise UnsupportedError(
                 "parameter lies in memory that cannot be lent (pinned, NumPy-backed or mapped)",
                 code=UNIMPLEMENTED,
@@ -97,7 +97,7 @@ def checked(name: str, tensor: Any, kind: int) -> LocalTensor:
     local = describe(name, tensor)
     if kind == OPAQUE:
         return local
-    _memory.check_host_tensor(name, tensor)
+    _memory.check_tensor(name, tensor)
     overlapping = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), local.shape))
     if overlapping:
         raise layout_error(

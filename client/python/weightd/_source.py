@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping, Optional, Union
 
 from weightd._layout import LocalTensor, describe, is_dtensor
-from weightd._memory import check_host_tensor
+from weightd._memory import check_tensor, is_cuda
 from weightd.errors import Error, layout_error
 
 NameMap = Union[Mapping[str, Optional[str]], Callable[[str], Optional[str]]]
@@ -49,7 +49,7 @@ class Source:
         for name, tensor in pairs:
             self.layout.append(describe(name, tensor))
             local = tensor._local_tensor if is_dtensor(tensor) else tensor
-            check_host_tensor(name, local)
+            check_tensor(name, local)
             table, key = owners.get(id(tensor), (None, ""))
             self.entries.append(
                 Entry(
@@ -71,6 +71,11 @@ class Source:
         return tuple(
             (t.name, t.shape, t.dtype, tuple(box for box, _ in t.shards)) for t in self.layout
         )
+
+    @property
+    def cuda_device(self) -> Any:
+        """The torch device of the first tensor on a GPU; None if all lie in host memory."""
+        return next((e.local.device for e in self.entries if is_cuda(e.local)), None)
 
     def refresh(self) -> None:
         """Notes the present addresses, after the memory was moved on purpose."""

@@ -63,6 +63,28 @@ class ReplicaOutcome:
 
 
 @dataclass(frozen=True)
+class EngineDrive:
+    """What one sync did to one engine of ``Actor(engines=[...])``.
+
+    Attributes:
+        engine: instance name, or where it is: its URL or type.
+        pause: seconds from the call of pause to the return of resume, or to the end of the sync if
+            it was not resumed; 0 if it was never paused.
+        resumed: True if it generates again, with the version of the acknowledgement.
+        caches_reset: caches that the engine confirmed as reset.
+        calls: seconds per call to the engine, in order.
+        error: why it was not resumed; empty if it was.
+    """
+
+    engine: str
+    pause: float = 0.0
+    resumed: bool = False
+    caches_reset: tuple[str, ...] = ()
+    calls: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class Ack:
     """The acknowledgement: ``version`` is verified and published in every committed replica.
 
@@ -72,6 +94,7 @@ class Ack:
         bytes: bytes landed in engine memory, all replicas.
         phases: seconds per phase, in order.
         replicas: outcome of every replica.
+        engines: what the driver did to every engine it drives; on rank 0 only, in the order given.
     """
 
     version: int
@@ -79,6 +102,12 @@ class Ack:
     bytes: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     replicas: tuple[ReplicaOutcome, ...] = ()
+    engines: tuple[EngineDrive, ...] = ()
+
+    @property
+    def pause(self) -> float:
+        """Seconds of the longest pause of a driven engine; 0 if none was driven."""
+        return max((engine.pause for engine in self.engines), default=0.0)
 
     @property
     def verified(self) -> str:
@@ -132,5 +161,12 @@ class Ack:
             lines.append(
                 f"  {replica.engine}/{replica.dp_rank}: {state}, holds {replica.version}, "
                 f"{replica.state}"
+            )
+        for engine in self.engines:
+            calls = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in engine.calls.items())
+            state = "resumed" if engine.resumed else f"NOT resumed: {engine.error}"
+            lines.append(
+                f"  {engine.engine}: {state}, paused {engine.pause * 1e3:.1f} ms ({calls}), "
+                f"caches reset: {', '.join(engine.caches_reset) or 'none'}"
             )
         return "\n".join(lines)

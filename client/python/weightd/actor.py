@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
-from weightd import _group, _marshal, _memory, _native
+from weightd import _adapters, _group, _marshal, _memory, _native
+from weightd._drive import Drive, DrivenEngine, DriveSettings
 from weightd._source import NameMap, Source, module_pairs, named_pairs
 from weightd.ack import Ack
-from weightd.errors import UNIMPLEMENTED, Error, UnsupportedError, layout_error, state_error
+from weightd.engine_client import PAUSE_MODES, PauseMode
+from weightd.errors import Error, layout_error, state_error
 
 _SLICE_MS = 100
+_ADMIT_SLICE_MS = 2  # how late engines learn that the daemon waits for them
 _CANCEL_SLICES = 100
 
 NamedTensors = Union[Mapping[str, Any], Iterable[tuple[str, Any]]]
@@ -34,11 +37,23 @@ class Actor:
         rank: this rank; None asks torch.distributed, or is 0 where that is not initialised.
         world_size: ranks of the trainer; None as for ``rank``.
         group: id from `weightd.new_group`, equal on all ranks; None shares one.
-        engines: engines to drive; must be empty, the engine drivers are not in this build.
+        engines: engines to pause, fill and resume in every `sync`, a sequence or a mapping from
+            instance name: a vLLM ``LLM`` or ``AsyncLLM``, the URL of a ``vllm serve`` that runs
+            with ``VLLM_SERVER_DEV_MODE=1``, a Ray handle of either, or an `EngineClient`. Only rank
+            0 drives; other ranks may pass the same and ignore it.
+        pause_mode: requests in flight: ``abort`` ends, ``wait`` drains (bounded by the daemon's
+            ``deadlines.prepare``), ``keep`` freezes and goes on with them.
+        reset_caches: drop what engines computed with older weights before they resume.
+        engine_timeout: seconds that a call to an engine may take before the sync fails.
         connect_timeout: seconds to wait for the daemon.
+        device: that holds this rank's tensors, by the daemon's name: ``host``, ``host.1`` or a
+            GPU's UUID; None is ``host``. `register` raises `errors.LayoutError` for a device that
+            no worker serves.
 
     Raises:
         errors.UnavailableError: no daemon answers.
+        errors.EngineError: an engine cannot be driven; names it.
+        errors.UnsupportedError: an engine is of no known kind, or lives in another rank than 0.
         errors.GroupError: rank, world size and group do not fit together.
         errors.ProtocolError: daemon and library are of different generations.
     """
@@ -51,15 +66,18 @@ class Actor:
         rank: Optional[int] = None,
         world_size: Optional[int] = None,
         group: Optional[str] = None,
-        engines: Sequence[Any] = (),
+        engines: Union[Sequence[Any], Mapping[str, Any]] = (),
+        pause_mode: PauseMode = "abort",
+        reset_caches: bool = True,
+        engine_timeout: float = 4.0,
         connect_timeout: float = 10.0,
+        device: Optional[str] = None,
     ) -> None:
-        if len(engines) > 0:
-            raise UnsupportedError(
-                f"engine drivers are not in this build: engines={len(engines)}",
-                code=UNIMPLEMENTED,
-                reason="DRIVER",
-                remedy="leave engines empty and pause the engines around sync() yourself",
+        if pause_mode not in PAUSE_MODES:
+            raise layout_error(
+                f"unknown pause mode: {pause_mode!r}",
+                reason="CONFIG",
+                remedy=f"one of {', '.join(PAUSE_MODES)}",
             )
         lib = _native.library()
         self.group = _group.resolve(group, rank, world_size)
@@ -71,6 +89,7 @@ class Actor:
             self.group.rank,
             self.group.world_size,
             max(1, int(connect_timeout * 1000)),
+            _native.encode(device),
         )
         handle = ctypes.c_void_p()
         _native.check(lib.weightd_actor_open(ctypes.byref(options), ctypes.byref(handle)))
@@ -84,9 +103,30 @@ class Actor:
         self._staged: Optional[Source] = None  # keeps tensors of sync(tensors=) alive
         self._version = 0
         self._replicas_checked = False
+        self._drive_settings = DriveSettings(pause_mode, reset_caches, engine_timeout)
+        self._engines: list[DrivenEngine] = []
         self._close = weakref.finalize(
             self, _native.close_handle, "actor", self._handle, self._pid, self._lock, None
         )
+        try:
+            self.drive(engines)
+        except BaseException:
+            self._close()
+            raise
+
+    def drive(self, engines: Union[Sequence[Any], Mapping[str, Any]]) -> None:
+        """Replaces the engines that `sync` drives, e.g. after one was started anew.
+
+        Args:
+            engines: as in the constructor; a server that restarts at the same URL needs no call.
+
+        Raises:
+            errors.EngineError, errors.UnsupportedError: as the constructor; nothing is replaced.
+        """
+        with self._exclusive():
+            self._engines = _adapters.take_over(
+                engines, self.group.rank, self._drive_settings.timeout
+            )
 
     def register(
         self, tensors: Union[Any, NamedTensors], name_map: Optional[NameMap] = None
@@ -103,7 +143,8 @@ class Actor:
         Raises:
             errors.LayoutError: names, placements, shapes or dtypes; names the tensor.
             errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
-            errors.UnsupportedError: a tensor is not in host memory.
+            errors.UnsupportedError: a tensor is neither in host memory nor on a GPU, or lies in GPU
+                memory that no other process can map.
         """
         with self._exclusive():
             module = tensors if hasattr(tensors, "state_dict") else None
@@ -129,8 +170,9 @@ class Actor:
 
         Args:
             version: > every version consumed so far; None is one more than the last acknowledged.
-            tensors: the complete set of tensors of this version, staged, for what exists only now
-                (merged LoRA, FSDP1, exported weights). None syncs what was registered.
+            tensors: the complete set of tensors of this version, for what exists only now (merged
+                LoRA, FSDP1, exported weights). CPU tensors are staged; CUDA tensors are lent, and
+                kept alive until the next sync. None syncs what was registered.
             require: ``"all"`` or how many replicas must commit.
             check_replicas: compare replicated shards first; None does so until the first success.
 
@@ -151,13 +193,18 @@ class Actor:
                 ),
             )
             try:
+                for engine in self._engines:
+                    engine.check_caller()
                 refusal = self._prepare(tensors, options)
             except Error as error:
                 if self._described is None:
                     raise
                 refusal = error
+            drive = None
+            if self._engines and refusal is None:
+                drive = Drive(self._engines, self._drive_settings, self.model, number)
             try:
-                ack = self._run(options, refusal)
+                ack = self._run(options, refusal, drive)
             except Error as error:
                 if error.result is not None and any(r.committed for r in error.result.replicas):
                     self._version = max(self._version, number)
@@ -205,6 +252,11 @@ class Actor:
         """Makes what the daemon knows fit this sync; returns why this rank refuses, if it does."""
         if tensors is not None:
             source = Source(named_pairs(tensors))
+            if source.cuda_device is not None:
+                self._lend(source)
+                self._staged = source
+                options.cuda_stream = _current_stream(source)
+                return None
             if self._described is None or self._described.layout_key != source.layout_key:
                 self._described = None
                 array = _marshal.tensor_array(source.layout, None)
@@ -220,6 +272,7 @@ class Actor:
                 reason="NOT_REGISTERED",
                 remedy="call register() first, or pass tensors= to sync()",
             )
+        options.cuda_stream = _current_stream(self._source)
         refusal = self._source.moved()
         if refusal is None and self._described is not self._source:
             self._lend(self._source)
@@ -238,7 +291,9 @@ class Actor:
     def _register_native(self, array: ctypes.Array, count: int) -> None:
         _native.check(self._lib.weightd_actor_register(self._handle, array, count))
 
-    def _run(self, options: _native.SyncOptions, refusal: Optional[Error]) -> Ack:
+    def _run(
+        self, options: _native.SyncOptions, refusal: Optional[Error], drive: Optional[Drive]
+    ) -> Ack:
         """Runs one sync to its end. Leaves no sync running, whatever happens."""
         if refusal is not None:
             options.staged, options.num_staged = None, 0
@@ -246,23 +301,39 @@ class Actor:
             options.refuse_message = _native.encode(refusal.message)
             options.refuse_tensor = _native.encode(refusal.tensor)
             options.refuse_remedy = _native.encode(refusal.remedy)
-        _native.check(self._lib.weightd_actor_sync_begin(self._handle, ctypes.byref(options)))
+        ack: Optional[Ack] = None
+        failure: Optional[Error] = None
         try:
-            while True:
-                ack = self._wait_slice()
-                if ack is not None:
-                    return ack
-        except Error:
-            raise
+            _native.check(self._lib.weightd_actor_sync_begin(self._handle, ctypes.byref(options)))
+            while ack is None:
+                begun = drive is None or drive.begun
+                ack = self._wait_slice(_SLICE_MS if begun else _ADMIT_SLICE_MS)
+                if ack is None and drive is not None and drive.watch(self._phase()):
+                    self._lib.weightd_actor_sync_cancel(self._handle)
+        except Error as error:
+            failure = error
         except BaseException:
-            self._cancel_and_drain()
+            result = self._cancel_and_drain()
+            if drive is not None:
+                drive.give_up(result)
             raise
+        if drive is not None:
+            return drive.conclude(ack, failure, require_all=options.require_replicas == 0)
+        if failure is not None:
+            raise failure
+        assert ack is not None
+        return ack
 
-    def _wait_slice(self) -> Optional[Ack]:
+    def _phase(self) -> str:
+        """The phase that the daemon last told, or an empty text."""
+        state = json.loads(_native.take_string(self._lib.weightd_actor_state(self._handle)))
+        return str(state.get("phase", ""))
+
+    def _wait_slice(self, timeout_ms: int = _SLICE_MS) -> Optional[Ack]:
         """Waits one slice, so that signals are answered; None while the sync runs."""
         result, error = ctypes.c_void_p(), ctypes.c_void_p()
         ended = self._lib.weightd_actor_sync_wait(
-            self._handle, _SLICE_MS, ctypes.byref(result), ctypes.byref(error)
+            self._handle, timeout_ms, ctypes.byref(result), ctypes.byref(error)
         )
         if not ended:
             return None
@@ -270,15 +341,17 @@ class Actor:
         _native.check(error.value)
         return Ack.from_json(text)
 
-    def _cancel_and_drain(self) -> None:
+    def _cancel_and_drain(self) -> Optional[Ack]:
         """Cancels the running sync and waits, for at most ten seconds, until it has ended."""
         self._lib.weightd_actor_sync_cancel(self._handle)
         for _ in range(_CANCEL_SLICES):
             try:
-                if self._wait_slice() is not None:
-                    return
-            except Error:
-                return
+                ack = self._wait_slice()
+            except Error as error:
+                return error.result
+            if ack is not None:
+                return ack
+        return None
 
     def _next_version(self, version: Optional[int]) -> int:
         if version is None:
@@ -315,6 +388,16 @@ class Actor:
             )
         if not self._close.alive:
             raise state_error("the actor is closed", reason="CLOSED", remedy="make a new Actor")
+
+
+def _current_stream(source: Source) -> Optional[int]:
+    """The stream on which the caller's work of this thread runs; None for host memory."""
+    device = source.cuda_device
+    if device is None:
+        return None
+    import torch
+
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _require(require: Union[str, int]) -> int:

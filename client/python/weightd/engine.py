@@ -40,9 +40,10 @@ class EngineRank:
         engine: instance name, shared by the ranks of one engine and kept over restarts.
         architecture: Hugging Face architecture, e.g. ``LlamaForCausalLM``.
         config: Hugging Face config, a mapping or an object with ``to_dict()``.
-        params: (name, tensor) pairs or a mapping of this rank's CPU parameters, in the engine's
-            layout. Their storages move into shared memory in place; names that share storage,
-            offset and shape are registered as one parameter with aliases. References are kept.
+        params: (name, tensor) pairs or a mapping of this rank's parameters, in the engine's
+            layout, all on the CPU or all on one GPU. CPU storages move into shared memory in place,
+            GPU memory is lent where it lies. Names that share storage, offset and shape are
+            registered as one parameter with aliases. References are kept.
         kinds: what the engine does with a parameter after loading, by name: ``"raw"`` (the
             default; it computes with these bytes), ``"derived"`` (these bytes are converted in
             ``commit``; they are lent in loadable layout and must stay as they were transferred) or
@@ -60,10 +61,13 @@ class EngineRank:
             reset, or None. Raising poisons the replica. With neither callback both are answered
             at once, without Python.
         connect_timeout: seconds to wait for the daemon; negative goes on in the background.
+        device: that holds this rank's parameters, by the daemon's name: ``host``, ``host.1`` or a
+            GPU's UUID; None is ``host``.
 
     Raises:
         errors.UnavailableError: no daemon answers.
-        errors.LayoutError: unknown architecture or profile, a parameter no rule covers, bad shapes.
+        errors.LayoutError: unknown architecture, profile or device, a parameter no rule covers,
+            bad shapes.
         errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
     """
 
@@ -90,6 +94,7 @@ class EngineRank:
         quiesce: Optional[Quiesce] = None,
         commit: Optional[Commit] = None,
         connect_timeout: float = 10.0,
+        device: Optional[str] = None,
     ) -> None:
         self._lib = _native.library()
         pairs = named_pairs(params)
@@ -115,6 +120,7 @@ class EngineRank:
             config_json=_native.encode(config_json(config)),
             auto_quiesce=int(quiesce is None and commit is None),
             connect_timeout_ms=_timeout_ms(connect_timeout),
+            device=_native.encode(device),
         )
         shared = _memory.share([pair for pair, kind in zip(pairs, numbers) if kind != OPAQUE])
         handle = ctypes.c_void_p()

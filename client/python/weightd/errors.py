@@ -17,11 +17,11 @@ GroupError         WORLD_SIZE DUPLICATE_RANK                                    
 FencedError        FENCED                                                               10
 UnavailableError   PEER_LOST WORKER_LOST DAEMON_LOST DRAINING SOCKET                    14
 DeadlineError      DEADLINE                                                             4
-ResourceError      MESSAGE_TOO_LARGE FILE_DESCRIPTORS                                   8
+ResourceError      MESSAGE_TOO_LARGE FILE_DESCRIPTORS TOO_MANY_SESSIONS                 8
 SharedMemoryError  SHARED_MEMORY (a ResourceError)
 ProtocolError      PROTOCOL_VERSION PROTOCOL
 VerifyError        VERIFY_MISMATCH
-EngineError        ENGINE_REFUSED NO_ENGINE NO_PLAN                                     5
+EngineError        ENGINE_REFUSED ENGINE_CALL NO_ENGINE NO_PLAN                         5
 PoisonedError      POISONED (an EngineError)
 CancelledError     CANCELLED                                                            1
 UnsupportedError   DEVICE DRIVER MEMORY                                                 12
@@ -43,6 +43,8 @@ FAILED_PRECONDITION = 9
 INTERNAL = 13
 UNIMPLEMENTED = 12
 DEADLINE_EXCEEDED = 4
+NOT_FOUND = 5
+UNAVAILABLE = 14
 
 
 class Error(Exception):
@@ -198,11 +200,13 @@ _BY_REASON: dict[str, type[Error]] = {
         ("PEER_LOST", "WORKER_LOST", "DAEMON_LOST", "DRAINING", "SOCKET"), UnavailableError
     ),
     "DEADLINE": DeadlineError,
-    **dict.fromkeys(("MESSAGE_TOO_LARGE", "FILE_DESCRIPTORS"), ResourceError),
+    **dict.fromkeys(
+        ("MESSAGE_TOO_LARGE", "FILE_DESCRIPTORS", "TOO_MANY_SESSIONS"), ResourceError
+    ),
     "SHARED_MEMORY": SharedMemoryError,
     **dict.fromkeys(("PROTOCOL_VERSION", "PROTOCOL"), ProtocolError),
     "VERIFY_MISMATCH": VerifyError,
-    **dict.fromkeys(("ENGINE_REFUSED", "NO_ENGINE", "NO_PLAN"), EngineError),
+    **dict.fromkeys(("ENGINE_REFUSED", "ENGINE_CALL", "NO_ENGINE", "NO_PLAN"), EngineError),
     "POISONED": PoisonedError,
     "CANCELLED": CancelledError,
     **dict.fromkeys(("DEVICE", "DRIVER", "MEMORY"), UnsupportedError),

@@ -1,7 +1,9 @@
 #include "daemon/device/host/cast.h"
 
 #include <cstdlib>
+#include <cstring>
 
+#include "daemon/base/failpoint.h"
 #include "daemon/base/status.h"
 #include "daemon/device/host/row_tables.h"
 
@@ -38,6 +40,15 @@ Isa FastestIsa() {
   return Isa::kPortable;
 }
 
+#ifdef WEIGHTD_FAILPOINTS
+// float32 to bfloat16 by cutting bits off: what a careless cast does.
+uint64_t TruncatingCast(const std::byte* src, std::byte* dst, size_t count, const uint32_t* weights,
+                        bool) {
+  for (size_t i = 0; i < count; ++i) std::memcpy(dst + 2 * i, src + 4 * i + 2, 2);
+  return weights == nullptr ? 0 : PortableKernels().digest(dst, 2 * count, weights);
+}
+#endif
+
 }  // namespace
 
 std::string_view Name(Isa isa) {
@@ -47,6 +58,10 @@ std::string_view Name(Isa isa) {
 
 RowCast RowKernels::Find(DType from, DType to) const {
   if (from == to) return copy;
+#ifdef WEIGHTD_FAILPOINTS
+  const bool to_bfloat16 = from == DType::kFloat32 && to == DType::kBFloat16;
+  if (to_bfloat16 && Mutated("wrong_cast")) return &TruncatingCast;
+#endif
   WEIGHTD_CHECK(FloatIndex(from) >= 0 && FloatIndex(to) >= 0);
   return cast[FloatIndex(from)][FloatIndex(to)];
 }

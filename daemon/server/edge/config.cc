@@ -68,6 +68,13 @@ config::RawValue ToRaw(const toml::node& node) {
   if (const auto* text = node.as_string()) return text->get();
   if (const auto* flag = node.as_boolean()) return flag->get();
   if (const auto* number = node.as_integer()) return number->get();
+  if (const auto* array = node.as_array()) {
+    std::vector<std::string> items;
+    for (const toml::node& item : *array) {
+      if (const auto* text = item.as_string()) items.push_back(text->get());
+    }
+    if (items.size() == array->size()) return items;
+  }
   return std::monostate();
 }
 

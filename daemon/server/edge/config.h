@@ -49,7 +49,7 @@ struct DeadlinesConfig {
   std::chrono::milliseconds transfer{15000};
   std::chrono::milliseconds verify{15000};
   std::chrono::milliseconds commit{15000};
-  std::chrono::milliseconds registration{10000};  ///< key "register": from hello to registered
+  std::chrono::milliseconds registration{10000};  ///< key "register": until a worker knows a client
   std::chrono::milliseconds drain{30000};  ///< from SIGTERM to the cancelling of running syncs
   bool operator==(const DeadlinesConfig&) const = default;
 };
@@ -63,8 +63,12 @@ struct LimitsConfig {
   bool operator==(const LimitsConfig&) const = default;
 };
 
+/// In worker.devices: every GPU of the machine.
+inline constexpr char kAllGpus[] = "gpu";
+
 struct WorkerConfig {
-  uint64_t threads = 0;    ///< copying threads per worker; 0 = one per core
+  std::vector<std::string> devices = {"host"};  ///< served, one worker each
+  uint64_t threads = 0;                         ///< copying threads per worker; 0 = one per core
   bool peer_check = true;  ///< compare SO_PEERCRED of a member with its registration
   std::chrono::milliseconds restart_backoff{100};  ///< pause before a dead worker is replaced
   bool operator==(const WorkerConfig&) const = default;

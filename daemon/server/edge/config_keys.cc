@@ -6,6 +6,8 @@
 #include <cctype>
 #include <charconv>
 
+#include "daemon/plan/data_path.h"
+
 namespace weightd::config {
 namespace {
 
@@ -92,6 +94,30 @@ std::optional<uint64_t> ParseWithUnit(std::string_view text, const Unit (&units)
     if (__builtin_mul_overflow(number, known.factor, &product)) return std::nullopt;
     return product;
   }
+  return std::nullopt;
+}
+
+Check CheckDevices(const std::vector<std::string>& devices) {
+  if (devices.empty()) return "must name at least one device";
+  for (const std::string& device : devices) {
+    if (!IsDevice(device) && device != kAllGpus) {
+      return fmt::format(
+          "has \"{}\": a device is \"host\", \"host.N\", \"gpu\" (all GPUs) or \"GPU-\" and a UUID "
+          "(nvidia-smi -L)",
+          device);
+    }
+    if (std::count(devices.begin(), devices.end(), device) > 1) {
+      return fmt::format("names \"{}\" twice", device);
+    }
+  }
+  return std::nullopt;
+}
+
+Check AssignTo(const ListSlot& slot, const RawValue& raw) {
+  const auto* list = std::get_if<std::vector<std::string>>(&raw);
+  if (list == nullptr) return "must be a list of texts, like [\"host\"]";
+  if (auto problem = slot.check(*list)) return problem;
+  *slot.value = *list;
   return std::nullopt;
 }
 
@@ -196,6 +222,7 @@ std::vector<Key> BindKeys(Config* c) {
       {"limits", "window_operations", CountSlot{&c->limits.window_operations, 1, 1024, false}},
       {"limits", "max_sessions", CountSlot{&c->limits.max_sessions, 1, 1'000'000, false}},
       {"limits", "max_tensors", CountSlot{&c->limits.max_tensors, 1, 100'000'000, false}},
+      {"worker", "devices", ListSlot{&c->worker.devices, CheckDevices}},
       {"worker", "threads", CountSlot{&c->worker.threads, 0, 1024, false}},
       {"worker", "peer_check", FlagSlot{&c->worker.peer_check}},
       {"worker", "restart_backoff", duration(&c->worker.restart_backoff)},
@@ -218,6 +245,15 @@ std::optional<std::string> AssignText(const Key& key, const std::string& text) {
     const char* end = text.data() + text.size();
     const auto parsed = std::from_chars(text.data(), end, number);
     if (parsed.ec == std::errc() && parsed.ptr == end) return Assign(key, number);
+  }
+  if (std::holds_alternative<ListSlot>(key.slot)) {
+    std::vector<std::string> items;
+    size_t begin = 0;
+    for (size_t end = 0; end != std::string::npos; begin = end + 1) {
+      end = text.find(',', begin);
+      items.push_back(text.substr(begin, end - begin));
+    }
+    return Assign(key, items);
   }
   return Assign(key, text);
 }

@@ -37,10 +37,16 @@ struct DurationSlot {
   std::chrono::milliseconds max;
 };
 
+/// A list of texts; as one text its items are separated by commas.
+struct ListSlot {
+  std::vector<std::string>* value;
+  std::optional<std::string> (*check)(const std::vector<std::string>& value);
+};
+
 struct Key {
   const char* section;
   const char* name;
-  std::variant<TextSlot, FlagSlot, CountSlot, DurationSlot> slot;
+  std::variant<TextSlot, FlagSlot, CountSlot, DurationSlot, ListSlot> slot;
 
   std::string FullName() const { return std::string(section) + "." + name; }
   /// WEIGHTD_<SECTION>_<KEY>
@@ -51,8 +57,8 @@ struct Key {
 std::vector<Key> BindKeys(Config* config);
 
 /// A value as a layer gives it, before the key's type is known. monostate is a value of a type that
-/// no key takes (a float, a date, an array).
-using RawValue = std::variant<std::monostate, std::string, bool, int64_t>;
+/// no key takes (a float, a date, an array of anything but texts).
+using RawValue = std::variant<std::monostate, std::string, bool, int64_t, std::vector<std::string>>;
 
 /// Stores `value` in the key's field. Returns what is wrong with it, or nullopt.
 std::optional<std::string> Assign(const Key& key, const RawValue& value);

@@ -47,8 +47,9 @@ struct Metrics::Impl {
   Family<Histogram>& phase =
       Register(prometheus::BuildHistogram(), "weightd_sync_duration_seconds",
                "Time that a phase of a sync took; phase \"total\" is the whole sync.", registry);
-  Family<Counter>& bytes = Register(prometheus::BuildCounter(), "weightd_transfer_bytes_total",
-                                    "Bytes landed in engine memory.", registry);
+  Family<Counter>& bytes =
+      Register(prometheus::BuildCounter(), "weightd_transfer_bytes_total",
+               "Bytes landed in engine memory, by the path that they took.", registry);
   Family<Gauge>& version =
       Register(prometheus::BuildGauge(), "weightd_engine_weight_version",
                "Version of the weights that a replica holds; 0 when none.", registry);
@@ -69,6 +70,9 @@ struct Metrics::Impl {
   Family<Counter>& restarts =
       Register(prometheus::BuildCounter(), "weightd_worker_restarts_total",
                "Workers that were started again after they died.", registry);
+  Family<Gauge>& worker_up =
+      Register(prometheus::BuildGauge(), "weightd_worker_up",
+               "1 while the worker of a device is attached, 0 otherwise.", registry);
   Family<Histogram>& compile =
       Register(prometheus::BuildHistogram(), "weightd_plan_compile_seconds",
                "Time to compile a transfer plan.", registry);
@@ -123,6 +127,10 @@ void Metrics::SetStagingBytes(std::string_view device, uint64_t bytes) {
 
 void Metrics::CountWorkerRestart(std::string_view device) {
   impl_->restarts.Add({{"device", Label(device)}}).Increment();
+}
+
+void Metrics::SetWorkerUp(std::string_view device, bool up) {
+  impl_->worker_up.Add({{"device", Label(device)}}).Set(up ? 1 : 0);
 }
 
 void Metrics::ObservePlanCompile(double seconds) { impl_->all_compiles.Observe(seconds); }

@@ -41,6 +41,7 @@ class Metrics {
   /// Bytes of the staging ring of a worker in use; `device` is "host" or a GPU UUID.
   void SetStagingBytes(std::string_view device, uint64_t bytes);
   void CountWorkerRestart(std::string_view device);
+  void SetWorkerUp(std::string_view device, bool up);
   void ObservePlanCompile(double seconds);
 
   /// The state ("SERVING", ...) and the version that a replica holds; 0 = none.

@@ -9,7 +9,8 @@
 
 #include "daemon/device/host/box_copy.h"
 #include "daemon/device/host/digest.h"
-#include "daemon/transport/shm/block_item.h"
+#include "daemon/transport/shm/mutate.h"
+#include "daemon/transport/step_binder.h"
 
 namespace weightd {
 namespace {
@@ -41,7 +42,7 @@ uint64_t BytesOf(const Box& box, DType dtype) {
 class ShmTransport::Step {
  public:
   Step(ShmTransport& transport, const BoundPlan& plan, RunControl& control, std::string_view phase)
-      : transport_(transport), plan_(plan), control_(control), phase_(phase) {}
+      : transport_(transport), plan_(plan), control_(control), binder_(plan, control, phase) {}
 
   StatusOr<RankDigests> Transfer(size_t target);
   StatusOr<RankDigests> Verify(size_t target);
@@ -49,113 +50,30 @@ class ShmTransport::Step {
 
  private:
   void SetTarget(size_t target);
-  Status Check(const std::string& tensor) const;
-  Status Fail(Status status, const std::string& tensor) const;
-  Status NoMemory(const std::string& tensor, uint32_t rank) const;
-  std::string ParamAt(size_t write) const;
-
   Status AddCopy(const Copy& copy);
   Status AddStagedCopy(const Copy& copy);
   Status AddStaged(uint32_t rank, uint32_t tensor, uint32_t shard, const Box& box,
                    const std::function<void(const std::byte*, const Box&)>& use);
-  StatusOr<BlockItem> Bind(const Write& write, const Box& source, const Box& target) const;
   void Add(const BlockItem& item);
   void RunItems();
   void RunItem(const BlockItem& item);
-  void Report(uint32_t windows, uint64_t bytes, const std::string& next) const;
-
-  const Box& Held(uint32_t rank, uint32_t tensor, uint32_t shard) const {
-    const RankShards& shards = plan_.shards[rank];
-    return shards.boxes[shards.box_index[shards.first[tensor] + shard]];
-  }
-  const Binding& Source(uint32_t rank, uint32_t tensor, uint32_t shard) const {
-    return plan_.sources[rank][plan_.shards[rank].first[tensor] + shard];
-  }
   RankDigests TakeDigests() const;
 
   ShmTransport& transport_;
   const BoundPlan& plan_;
   RunControl& control_;
-  const std::string phase_;
+  StepBinder binder_;
 
-  const BoundTarget* target_ = nullptr;
   bool copies_ = false;  // items are written, else only digested
   bool stream_ = false;
-  std::vector<uint32_t> tensors_;             // ascending
   std::vector<std::atomic<uint64_t>> words_;  // one per tensor, then the zero fill's
   std::vector<BlockItem> items_;              // of the current window
   int64_t item_bytes_ = 0;
 };
 
 void ShmTransport::Step::SetTarget(size_t target) {
-  target_ = &plan_.targets[target];
-  for (const Write& write : target_->layout->writes) {
-    if (!write.zero_fill) tensors_.push_back(write.tensor);
-  }
-  std::sort(tensors_.begin(), tensors_.end());
-  tensors_.erase(std::unique(tensors_.begin(), tensors_.end()), tensors_.end());
-  words_ = std::vector<std::atomic<uint64_t>>(tensors_.size() + 1);
-}
-
-std::string ShmTransport::Step::ParamAt(size_t write) const {
-  const RankLayout& layout = *target_->layout;
-  return write < layout.writes.size() ? layout.params[layout.writes[write].param].name : "";
-}
-
-Status ShmTransport::Step::Fail(Status status, const std::string& tensor) const {
-  ErrorFields fields;
-  fields.tensor = tensor;
-  fields.phase = phase_;
-  if (target_ != nullptr) fields.peer = target_->label;
-  return WithFields(std::move(status), fields);
-}
-
-Status ShmTransport::Step::Check(const std::string& tensor) const {
-  if (control_.cancelled != nullptr && control_.cancelled->load(std::memory_order_relaxed)) {
-    return Fail(Error(StatusCode::kCancelled, reason::kCancelled, "sync again",
-                      "step was cancelled: next={}", tensor),
-                tensor);
-  }
-  if (Clock::now() > control_.deadline) {
-    return Fail(Error(StatusCode::kDeadlineExceeded, reason::kDeadline,
-                      "raise the phase's deadline or give the worker more cores",
-                      "step ran out of time: next={}", tensor),
-                tensor);
-  }
-  if (control_.check_memory) {
-    if (Status intact = control_.check_memory(); !intact.ok()) return Fail(intact, tensor);
-  }
-  return absl::OkStatus();
-}
-
-void ShmTransport::Step::Report(uint32_t windows, uint64_t bytes, const std::string& next) const {
-  if (control_.on_window) control_.on_window(windows, bytes, next);
-}
-
-// The item of a write narrowed to `target`, without its source.
-StatusOr<BlockItem> ShmTransport::Step::Bind(const Write& write, const Box& source,
-                                             const Box& target) const {
-  const ParamInfo& param = target_->layout->params[write.param];
-  const Binding& binding = target_->params[write.param];
-  if (binding.base == nullptr) {
-    return Fail(Error(StatusCode::kFailedPrecondition, reason::kMemoryMoved,
-                      "register the engine's parameters again", "parameter has no memory: param={}",
-                      param.name),
-                param.name);
-  }
-  BlockItem item;
-  item.zero_fill = write.zero_fill;
-  item.param = write.param;
-  const int source_dims = write.zero_fill ? 0 : source.num_dims();
-  item.to = BindTarget(binding, write, target, source_dims, param.dtype);
-  if (write.zero_fill) {
-    item.word = tensors_.size();
-    return item;
-  }
-  item.position = {write.tensor, (*plan_.table)[write.tensor].shape, source.origin};
-  item.word = static_cast<size_t>(std::lower_bound(tensors_.begin(), tensors_.end(), write.tensor) -
-                                  tensors_.begin());
-  return item;
+  binder_.SetTarget(target);
+  words_ = std::vector<std::atomic<uint64_t>>(binder_.num_words());
 }
 
 void ShmTransport::Step::Add(const BlockItem& item) {
@@ -187,6 +105,7 @@ void ShmTransport::Step::RunItem(const BlockItem& item) {
 }
 
 void ShmTransport::Step::RunItems() {
+  if (copies_) MutateItems(items_);
   if (item_bytes_ < kInlineBytes) {
     for (const BlockItem& item : items_) RunItem(item);
   } else {
@@ -197,25 +116,10 @@ void ShmTransport::Step::RunItems() {
 }
 
 Status ShmTransport::Step::AddCopy(const Copy& copy) {
-  const Write& write = target_->layout->writes[copy.write];
-  WEIGHTD_ASSIGN_OR_RETURN(BlockItem item, Bind(write, copy.source, copy.target));
-  if (!write.zero_fill) {
-    const Binding& binding = Source(copy.source_rank, write.tensor, copy.shard);
-    if (binding.staged) return absl::OkStatus();  // see AddStagedCopy
-    const TensorInfo& tensor = (*plan_.table)[write.tensor];
-    if (binding.base == nullptr) return NoMemory(tensor.name, copy.source_rank);
-    item.from = BindSource(binding, Held(copy.source_rank, write.tensor, copy.shard), copy.source,
-                           tensor.dtype);
-  }
-  Add(item);
+  WEIGHTD_ASSIGN_OR_RETURN(const BlockItem item, binder_.BindCopy(copy));
+  const bool staged = !item.zero_fill && item.from.base == nullptr;  // see AddStagedCopy
+  if (!staged) Add(item);
   return absl::OkStatus();
-}
-
-Status ShmTransport::Step::NoMemory(const std::string& tensor, uint32_t rank) const {
-  return Fail(Error(StatusCode::kFailedPrecondition, reason::kMemoryMoved,
-                    "register the trainer's tensors again",
-                    "shard has no memory: tensor={}, rank={}", tensor, rank),
-              tensor);
 }
 
 // Fetches `box` of a staged shard part by part and hands each to `use`, which must be done with it
@@ -224,33 +128,34 @@ Status ShmTransport::Step::AddStaged(uint32_t rank, uint32_t tensor, uint32_t sh
                                      const std::function<void(const std::byte*, const Box&)>& use) {
   const TensorInfo& info = (*plan_.table)[tensor];
   if (control_.staged == nullptr) {
-    return Fail(Error(StatusCode::kFailedPrecondition, reason::kMemoryMoved,
-                      "pass the tensor to sync(tensors=...)",
-                      "shard has no memory and is not staged: tensor={}, rank={}", info.name, rank),
-                info.name);
+    return binder_.Fail(
+        Error(StatusCode::kFailedPrecondition, reason::kMemoryMoved,
+              "pass the tensor to sync(tensors=...)",
+              "shard has no memory and is not staged: tensor={}, rank={}", info.name, rank),
+        info.name);
   }
   const auto max_elements =
       static_cast<int64_t>(control_.staged->max_part_bytes() / SizeBytes(info.dtype));
-  const Box& held = Held(rank, tensor, shard);
+  const Box& held = binder_.Held(rank, tensor, shard);
   std::vector<Box> chunks;
   AppendChunks(box, max_elements, chunks);
   for (const Box& chunk : chunks) {
-    WEIGHTD_RETURN_IF_ERROR(Check(info.name));
+    WEIGHTD_RETURN_IF_ERROR(binder_.Check(info.name));
     Box part = chunk;
     for (int d = 0; d < part.num_dims(); ++d) part.origin[d] -= held.origin[d];
     StatusOr<const std::byte*> bytes = control_.staged->Fetch(rank, tensor, shard, part);
-    if (!bytes.ok()) return Fail(std::move(bytes).status(), info.name);
+    if (!bytes.ok()) return binder_.Fail(std::move(bytes).status(), info.name);
     use(*bytes, chunk);
   }
   return absl::OkStatus();
 }
 
 Status ShmTransport::Step::AddStagedCopy(const Copy& copy) {
-  const Write& write = target_->layout->writes[copy.write];
-  if (write.zero_fill || !Source(copy.source_rank, write.tensor, copy.shard).staged) {
+  const Write& write = binder_.target().layout->writes[copy.write];
+  if (write.zero_fill || !binder_.Source(copy.source_rank, write.tensor, copy.shard).staged) {
     return absl::OkStatus();
   }
-  WEIGHTD_ASSIGN_OR_RETURN(const BlockItem whole, Bind(write, copy.source, copy.target));
+  WEIGHTD_ASSIGN_OR_RETURN(const BlockItem whole, binder_.Bind(write, copy.source, copy.target));
   const DType dtype = (*plan_.table)[write.tensor].dtype;
   const auto target_bytes = static_cast<int64_t>(SizeBytes(whole.to.dtype));
   return AddStaged(copy.source_rank, write.tensor, copy.shard, copy.source,
@@ -271,17 +176,12 @@ Status ShmTransport::Step::AddStagedCopy(const Copy& copy) {
 StatusOr<RankDigests> ShmTransport::Step::Transfer(size_t target) {
   SetTarget(target);
   copies_ = true;
-  const RankPlan& rank_plan = *target_->plan;
+  const RankPlan& rank_plan = *binder_.target().plan;
   stream_ = rank_plan.bytes >= kStreamBytes;
-  const auto first_param = [&](size_t window) {
-    return window < rank_plan.windows.size()
-               ? ParamAt(rank_plan.copies[rank_plan.windows[window].begin].write)
-               : std::string();
-  };
   uint64_t bytes = 0;
   for (size_t w = 0; w < rank_plan.windows.size(); ++w) {
     const Window& window = rank_plan.windows[w];
-    WEIGHTD_RETURN_IF_ERROR(Check(first_param(w)));
+    WEIGHTD_RETURN_IF_ERROR(binder_.Check(binder_.FirstParam(w)));
     for (uint32_t i = window.begin; i < window.end; ++i) {
       WEIGHTD_RETURN_IF_ERROR(AddCopy(rank_plan.copies[i]));
     }
@@ -290,39 +190,38 @@ StatusOr<RankDigests> ShmTransport::Step::Transfer(size_t target) {
       WEIGHTD_RETURN_IF_ERROR(AddStagedCopy(rank_plan.copies[i]));
     }
     bytes += window.bytes;
-    Report(static_cast<uint32_t>(w + 1), bytes, first_param(w + 1));
+    binder_.Report(static_cast<uint32_t>(w + 1), bytes, binder_.FirstParam(w + 1));
   }
-  WEIGHTD_RETURN_IF_ERROR(Check(""));
+  WEIGHTD_RETURN_IF_ERROR(binder_.Check(""));
   return TakeDigests();
 }
 
 StatusOr<RankDigests> ShmTransport::Step::Verify(size_t target) {
   SetTarget(target);
-  const std::vector<Write>& writes = target_->layout->writes;
+  const std::vector<Write>& writes = binder_.target().layout->writes;
   uint64_t bytes = 0, pending = 0;
   uint32_t windows = 0;
   for (size_t w = 0; w < writes.size(); ++w) {
-    if (pending == 0) WEIGHTD_RETURN_IF_ERROR(Check(ParamAt(w)));
-    WEIGHTD_ASSIGN_OR_RETURN(const BlockItem item,
-                             Bind(writes[w], writes[w].source, writes[w].target));
+    if (pending == 0) WEIGHTD_RETURN_IF_ERROR(binder_.Check(binder_.ParamAt(w)));
+    WEIGHTD_ASSIGN_OR_RETURN(const BlockItem item, binder_.BindWrite(w));
     Add(item);
     pending += BytesOf(writes[w].target, item.to.dtype);
     if (pending < kVerifyWindowBytes && w + 1 < writes.size()) continue;
     RunItems();
     bytes += pending;
     pending = 0;
-    Report(++windows, bytes, ParamAt(w + 1));
+    binder_.Report(++windows, bytes, binder_.ParamAt(w + 1));
   }
-  WEIGHTD_RETURN_IF_ERROR(Check(""));
+  WEIGHTD_RETURN_IF_ERROR(binder_.Check(""));
   return TakeDigests();
 }
 
 StatusOr<uint64_t> ShmTransport::Step::DigestShard(uint32_t rank, uint32_t tensor, uint32_t shard) {
   words_ = std::vector<std::atomic<uint64_t>>(1);
   const TensorInfo& info = (*plan_.table)[tensor];
-  const Box& held = Held(rank, tensor, shard);
-  const Binding& binding = Source(rank, tensor, shard);
-  WEIGHTD_RETURN_IF_ERROR(Check(info.name));
+  const Box& held = binder_.Held(rank, tensor, shard);
+  const Binding& binding = binder_.Source(rank, tensor, shard);
+  WEIGHTD_RETURN_IF_ERROR(binder_.Check(info.name));
   BlockItem item;
   item.position = {tensor, info.shape, held.origin};
   if (binding.staged) {
@@ -334,20 +233,21 @@ StatusOr<uint64_t> ShmTransport::Step::DigestShard(uint32_t rank, uint32_t tenso
           RunItems();
         }));
   } else {
-    if (binding.base == nullptr && !held.empty()) return NoMemory(info.name, rank);
+    if (binding.base == nullptr && !held.empty()) return binder_.NoMemory(info.name, rank);
     item.from = BindSource(binding, held, held, info.dtype);
     Add(item);
     RunItems();
   }
-  WEIGHTD_RETURN_IF_ERROR(Check(info.name));
+  WEIGHTD_RETURN_IF_ERROR(binder_.Check(info.name));
   return words_[0].load();
 }
 
 RankDigests ShmTransport::Step::TakeDigests() const {
   RankDigests digests;
-  digests.tensors = tensors_;
+  digests.tensors = binder_.tensors();
   digests.words.reserve(words_.size());
   for (const std::atomic<uint64_t>& word : words_) digests.words.push_back(word.load());
+  MutateDigests(digests);
   return digests;
 }
 

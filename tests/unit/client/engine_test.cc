@@ -1,126 +1,12 @@
 #include <catch2/catch.hpp>
 
-#include "tests/unit/client/client_testing.h"
-#include "tests/unit/client/fake_daemon.h"
+#include "tests/unit/client/engine_rig.h"
 
 namespace weightd::testing {
-namespace {
-
 using nlohmann::json;
 
-struct Rig {
-  TempDir dir;
-  FakeWorker worker{dir.path() + "/worker.sock", "secret"};
-  std::unique_ptr<FakeDaemon> daemon = NewDaemon();
-  SharedFloats memory{16};
-  size_t from = 0;
-
-  std::unique_ptr<FakeDaemon> NewDaemon() {
-    return std::make_unique<FakeDaemon>(dir.path() + "/daemon.sock", &worker);
-  }
-
-  EnginePtr Open(bool auto_quiesce, int timeout_ms = 20'000) {
-    const std::string address = daemon->address();
-    const weightd_engine_options options{.address = address.c_str(),
-                                         .model = "m",
-                                         .engine = "e0",
-                                         .tp_rank = 1,
-                                         .tp_size = 2,
-                                         .architecture = "LlamaForCausalLM",
-                                         .profile = "vllm-0.32",
-                                         .config_json = "{}",
-                                         .auto_quiesce = auto_quiesce ? 1 : 0,
-                                         .connect_timeout_ms = timeout_ms};
-    weightd_engine* engine = nullptr;
-    const ErrorPtr error(weightd_engine_open(&options, &engine));
-    INFO(Field(error, "message"));
-    REQUIRE(error == nullptr);
-    return EnginePtr(engine);
-  }
-
-  weightd_param Param() const {
-    weightd_param param{};
-    param.name = "weight";
-    param.dtype = 1;
-    param.num_dims = 1;
-    param.shape[0] = 16;
-    param.kind = 1;
-    param.memory = memory.Memory();
-    return param;
-  }
-
-  ErrorPtr TryRegister(const EnginePtr& engine) {
-    const weightd_param param = Param();
-    return ErrorPtr(weightd_engine_register(engine.get(), &param, 1));
-  }
-
-  EnginePtr Registered(bool auto_quiesce) {
-    daemon->Start();
-    EnginePtr engine = Open(auto_quiesce);
-    const ErrorPtr error = TryRegister(engine);
-    INFO(Field(error, "message"));
-    REQUIRE(error == nullptr);
-    return engine;
-  }
-
-  template <typename Wanted>
-  v1::EngineRequest Await(Wanted wanted) {
-    v1::EngineRequest request;
-    REQUIRE(daemon->engine.Await(&from, wanted, &request));
-    return request;
-  }
-  v1::EngineQuiesced AwaitQuiesced() {
-    return Await([](const auto& r) { return r.has_quiesced(); }).quiesced();
-  }
-  v1::EngineCommitted AwaitCommitted() {
-    return Await([](const auto& r) { return r.has_committed(); }).committed();
-  }
-  v1::EngineHello AwaitHello() {
-    return Await([](const auto& r) { return r.has_hello(); }).hello();
-  }
-
-  void Prepare(uint64_t counter, uint64_t version) {
-    v1::EngineEvent event;
-    event.mutable_prepare()->mutable_attempt()->set_epoch(1);
-    event.mutable_prepare()->mutable_attempt()->set_counter(counter);
-    event.mutable_prepare()->set_version(version);
-    REQUIRE(daemon->engine.Send(event));
-  }
-  void Commit(uint64_t counter, uint64_t version) {
-    v1::EngineEvent event;
-    event.mutable_commit()->mutable_attempt()->set_epoch(1);
-    event.mutable_commit()->mutable_attempt()->set_counter(counter);
-    event.mutable_commit()->set_version(version);
-    REQUIRE(daemon->engine.Send(event));
-  }
-  void Outcome(uint64_t counter, v1::EngineState state, bool untouched) {
-    v1::EngineEvent event;
-    event.mutable_outcome()->mutable_attempt()->set_epoch(1);
-    event.mutable_outcome()->mutable_attempt()->set_counter(counter);
-    event.mutable_outcome()->set_state(state);
-    event.mutable_outcome()->set_untouched(untouched);
-    REQUIRE(daemon->engine.Send(event));
-  }
-};
-
-/// Waits until the engine's state satisfies `wanted`.
-template <typename Wanted>
-json AwaitState(const EnginePtr& engine, Wanted wanted) {
-  const Clock::time_point deadline = Clock::now() + kPatience;
-  uint64_t seen = 0;
-  while (true) {
-    seen = weightd_engine_wait(engine.get(), seen, 1000);
-    json state = TakeJson(weightd_engine_state(engine.get()));
-    if (wanted(state)) return state;
-    INFO(state.dump());
-    REQUIRE(Clock::now() < deadline);
-  }
-}
-
-}  // namespace
-
 TEST_CASE("an engine that nobody reads is prepared and committed without its caller") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Registered(true);
   const v1::EngineHello hello = rig.AwaitHello();
   CHECK(hello.coordinates().tp_rank() == 1);
@@ -143,7 +29,7 @@ TEST_CASE("an engine that nobody reads is prepared and committed without its cal
 }
 
 TEST_CASE("a trace is announced with the registration that it belongs to") {
-  Rig rig;
+  EngineRig rig;
   rig.daemon->Start();
   const EnginePtr engine = rig.Open(true);
   weightd_param param = rig.Param();
@@ -165,7 +51,7 @@ TEST_CASE("a trace is announced with the registration that it belongs to") {
 }
 
 TEST_CASE("the caller answers prepare and commit when it asked for that") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Registered(false);
   const ErrorPtr early(weightd_engine_quiesced(engine.get(), nullptr));
   CHECK(weightd_error_code(early.get()) == 9);
@@ -185,7 +71,7 @@ TEST_CASE("the caller answers prepare and commit when it asked for that") {
 }
 
 TEST_CASE("an engine that cannot be quiesced stays clean") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Registered(false);
   rig.Prepare(1, 7);
   AwaitState(engine, [](const json& s) { return s["pending"] == "prepare"; });
@@ -199,7 +85,7 @@ TEST_CASE("an engine that cannot be quiesced stays clean") {
 }
 
 TEST_CASE("a torn engine shows that it is poisoned") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Registered(true);
   rig.Prepare(1, 7);
   rig.AwaitQuiesced();
@@ -209,7 +95,7 @@ TEST_CASE("a torn engine shows that it is poisoned") {
 }
 
 TEST_CASE("an engine sees what is offered to it, and when nothing is coming") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Registered(false);
   json state = TakeJson(weightd_engine_state(engine.get()));
   CHECK(state["offered"] == 0);
@@ -229,7 +115,7 @@ TEST_CASE("an engine sees what is offered to it, and when nothing is coming") {
 }
 
 TEST_CASE("an older attempt is refused") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Registered(true);
   rig.Prepare(5, 7);
   CHECK_FALSE(rig.AwaitQuiesced().has_error());
@@ -241,7 +127,7 @@ TEST_CASE("an older attempt is refused") {
 }
 
 TEST_CASE("an engine reports its truth to a new daemon only when no worker maps its memory") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Registered(true);
   rig.AwaitHello();
   rig.Prepare(3, 7);
@@ -266,7 +152,7 @@ TEST_CASE("an engine reports its truth to a new daemon only when no worker maps 
 }
 
 TEST_CASE("an engine may start before its daemon") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Open(true, -1);
   REQUIRE(rig.TryRegister(engine) == nullptr);
   CHECK(TakeJson(weightd_engine_state(engine.get()))["registered"] == false);
@@ -275,7 +161,7 @@ TEST_CASE("an engine may start before its daemon") {
 }
 
 TEST_CASE("what the daemon refuses is the error of the registration") {
-  Rig rig;
+  EngineRig rig;
   rig.daemon->engine.on_request = [&rig](const v1::EngineRequest& request) {
     v1::EngineEvent event;
     if (request.has_hello()) event.mutable_welcome()->mutable_protocol()->set_major(1);
@@ -318,7 +204,7 @@ TEST_CASE("a registration in the background takes the place of one that was refu
 }
 
 TEST_CASE("closing tells the daemon that the engine leaves") {
-  Rig rig;
+  EngineRig rig;
   EnginePtr engine = rig.Registered(true);
   engine.reset();
   rig.Await([](const auto& r) { return r.has_released(); });

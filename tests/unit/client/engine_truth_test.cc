@@ -117,6 +117,19 @@ TEST_CASE("a commit that the engine cannot take leaves it dirty at its old versi
   CHECK(truth.version() == 3);
 }
 
+TEST_CASE("a rank that committed is dirty again when its replica is poisoned") {
+  EngineTruth truth = Serving();
+  REQUIRE(truth.Prepare(Of<v1::EnginePrepare>(1, 2, 4)).ok());
+  REQUIRE(truth.Quiesced().ok());
+  REQUIRE(truth.Commit(Of<v1::EngineCommit>(1, 2, 4)).ok());
+  REQUIRE(truth.Committed(true).ok());
+  CHECK_FALSE(truth.dirty());
+  truth.Outcome(OutcomeOf(2, v1::ENGINE_STATE_POISONED, false));
+  CHECK(truth.dirty());
+  truth.DaemonLost(Status(StatusCode::kUnavailable, "gone"));
+  CHECK(truth.state() == v1::ENGINE_STATE_POISONED);
+}
+
 TEST_CASE("a commit before the engine is quiescent is refused") {
   EngineTruth truth = Serving();
   REQUIRE(truth.Prepare(Of<v1::EnginePrepare>(1, 2, 4)).ok());

@@ -24,8 +24,8 @@ TempDir::~TempDir() {
   std::filesystem::remove_all(path_, ignored);
 }
 
-FakeWorker::FakeWorker(std::string path, std::string token)
-    : path_(std::move(path)), token_(std::move(token)) {
+FakeWorker::FakeWorker(std::string path, std::string token, std::string device)
+    : path_(std::move(path)), token_(std::move(token)), device_(std::move(device)) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   std::memcpy(address.sun_path, path_.data(), path_.size());
@@ -57,7 +57,7 @@ v1::WorkerEndpoint FakeWorker::Endpoint() const {
   endpoint.set_socket_path(path_);
   endpoint.set_token(token_);
   endpoint.set_member(7);
-  endpoint.set_device("host");
+  endpoint.set_device(device_);
   return endpoint;
 }
 
@@ -125,6 +125,11 @@ bool FakeWorker::AwaitBound(size_t count) {
 bool FakeWorker::AwaitEnded(size_t count) {
   std::unique_lock lock(mutex_);
   return changed_.wait_for(lock, kPatience, [&] { return ended_ >= count; });
+}
+
+size_t FakeWorker::ended() {
+  const std::lock_guard lock(mutex_);
+  return ended_;
 }
 
 v1::RingFilled FakeWorker::Fill(const v1::RingFill& fill) {
@@ -248,6 +253,7 @@ void FakeDaemon::OnEngine(const v1::EngineRequest& request) {
     engine.Send(event);
   } else if (request.has_register_()) {
     *event.mutable_registered()->mutable_worker() = worker_->Endpoint();
+    for (const auto& writer : writers) *event.mutable_registered()->add_writers() = writer;
     engine.Send(event);
   }
 }

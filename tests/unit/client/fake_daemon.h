@@ -37,7 +37,7 @@ class TempDir {
 /// Accepts one client after the other on a unix socket.
 class FakeWorker {
  public:
-  FakeWorker(std::string path, std::string token);
+  FakeWorker(std::string path, std::string token, std::string device = "host");
   ~FakeWorker();
 
   v1::WorkerEndpoint Endpoint() const;
@@ -45,6 +45,7 @@ class FakeWorker {
   bool AwaitBound(size_t count);
   /// Waits until `count` clients have ended their connection.
   bool AwaitEnded(size_t count);
+  size_t ended();
   /// Asks the present client for a part of a staged shard; the ring is then in ring().
   v1::RingFilled Fill(const v1::RingFill& fill);
   const std::byte* ring() const { return ring_; }
@@ -68,6 +69,7 @@ class FakeWorker {
 
   const std::string path_;
   const std::string token_;
+  const std::string device_;
   ScopedFd listener_;
   ScopedFd ring_fd_;
   std::byte* ring_ = nullptr;
@@ -171,6 +173,8 @@ class FakeDaemon {
 
   uint32_t protocol_major = 1;
   bool wants_table = true;
+  /// What an engine is told beside its own worker.
+  std::vector<v1::WorkerEndpoint> writers;
   /// Answers a sync; by default with success. The handler may send nothing.
   std::function<void(const v1::ActorSync&)> on_sync;
   Actor actor;

@@ -3,18 +3,26 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <string_view>
 
 #include "tests/unit/client/client_testing.h"
 
 namespace {
 
-/// In the child every call must fail at once, and closing must not wait for threads that only the
-/// parent has.
-bool RefusedInChild(weightd_actor* actor, const weightd_tensor& tensor) {
-  using weightd::testing::ErrorPtr;
-  const ErrorPtr error(weightd_actor_register(actor, &tensor, 1));
+bool Forked(weightd_error* error) {
+  const weightd::testing::ErrorPtr owned(error);
+  return weightd_error_code(error) == 9 &&
+         std::string_view(weightd_error_field(error, "reason")) == "FORKED";
+}
+
+/// In the child every call must fail at once, also opening anew, and closing must not wait for
+/// threads that only the parent has.
+bool RefusedInChild(weightd_actor* actor, const weightd_actor_options& options,
+                    const weightd_tensor& tensor) {
+  const bool refused = Forked(weightd_actor_register(actor, &tensor, 1));
   weightd_actor_close(actor);
-  return weightd_error_code(error.get()) == 9;
+  weightd_actor* other = nullptr;
+  return refused && Forked(weightd_actor_open(&options, &other));
 }
 
 }  // namespace
@@ -34,7 +42,7 @@ int main(int argc, char** argv) {
   if (::pipe(pipe_fds) != 0) return 5;
   const pid_t child = ::fork();
   if (child == 0) {
-    const char refused = RefusedInChild(actor, tensor) ? 'y' : 'n';
+    const char refused = RefusedInChild(actor, options, tensor) ? 'y' : 'n';
     if (::write(pipe_fds[1], &refused, 1) != 1) return 6;
     while (true) ::pause();
   }

@@ -59,6 +59,22 @@ TEST_CASE("boxes and shared memory objects that recur are kept once") {
   CHECK_FALSE(read->staged);
 }
 
+TEST_CASE("GPU memory is refused by name where the process uses no GPU") {
+  if (cuda::LoadedDriver() != nullptr) return;  // a process that does; see tests/gpu/mapping
+  const SharedFloats memory(16);
+  weightd_memory gpu = memory.Memory();
+  gpu.space = WEIGHTD_SPACE_CUDA;
+  gpu.fd = -1;
+  gpu.address = reinterpret_cast<const void*>(0x7f0000000000);
+  const TensorOf tensor("w", {8}, 0, 8, gpu);
+  const weightd_tensor tensors[] = {tensor.View()};
+  const Status refused = ReadTensors(tensors).status();
+  CHECK(FieldsOf(refused).reason == reason::kDevice);
+  CHECK(FieldsOf(refused).tensor == "w");
+  const weightd_param params[] = {ParamOf("p", 8, gpu)};
+  CHECK(FieldsOf(ReadParams(params).status()).tensor == "p");
+}
+
 TEST_CASE("registration refuses what cannot be right and names the tensor") {
   const SharedFloats memory(16);
   TensorOf good("good", {8}, 0, 8, memory.Memory());

@@ -50,4 +50,10 @@ expect 1 'bad.rules:1' loader list --loaders-dir "$dir"
 expect 2 'case' plan export
 expect 1 'none.json' plan export --case "$dir/none.json"
 expect 1 '"exit_code": 1' plan export --case "$dir/none.json" -o json
+
+expect 2 'DIR' push
+expect 2 'version' push "$dir" --version 0
+expect 1 "no file config.json in $dir" push "$dir" --address "$nobody"
+expect 1 'remedy: name the directory' push "$dir/none" --address "$nobody"
+expect 1 '"reason": "CHECKPOINT"' -o json push "$dir/none" --address "$nobody"
 exit $failed

@@ -272,6 +272,16 @@ model.rotary.inv_freq                   [64]              0        0 B  -
 )");
 }
 
+TEST_CASE("a pair on two devices says so") {
+  v1::GetPlanResponse plan = Plan();
+  plan.mutable_pairs(1)->set_source_device("host.1");
+  plan.mutable_pairs(1)->set_target_device("host");
+  const std::string text = RenderPlan(plan, false, {});
+  CHECK(text.find("2  8.01 MiB  both in host memory of this host\n") != std::string::npos);
+  CHECK(text.find("8.00 MiB  both in host memory of this host (host.1 to host)\n") !=
+        std::string::npos);
+}
+
 TEST_CASE("a plan lists every box when asked") {
   v1::GetPlanResponse plan = Plan();
   plan.mutable_pairs()->Clear();

@@ -1,15 +1,25 @@
 // Random models against a reference that slices full tensors the way an engine's weight loaders do:
-// narrow the checkpoint's tensor, copy it into a view of the parameter. WEIGHTD_SEED sets the seed.
+// narrow the checkpoint's tensor, copy it into a view of the parameter. WEIGHTD_TEST_SEED repeats a
+// run.
 #include <catch2/catch.hpp>
-#include <cstdlib>
 #include <map>
 #include <random>
 
 #include "daemon/layout/loader.h"
+#include "tests/unit/layout/matrix.h"
 #include "tests/unit/layout/rank_image.h"
+#include "tests/unit/test_seed.h"
 
 namespace weightd {
 namespace {
+
+using test::Columns;
+using test::Filled;
+using test::Matrix;
+using test::Rows;
+using test::Source;
+using test::Stack;
+using test::Transposed;
 
 constexpr char kRules[] = R"(
 architecture A
@@ -37,63 +47,6 @@ x3.down -> w2_3 : moe3.down
 struct Model {
   int64_t nq, nkv, d, h, I, V, E, Im;
 };
-
-// A row-major matrix [rows, columns]; vectors have one column.
-struct Matrix {
-  int64_t rows = 0;
-  int64_t columns = 0;
-  std::vector<int64_t> values;
-};
-
-Matrix Filled(int64_t rows, int64_t columns, int64_t value) {
-  return {rows, columns, std::vector<int64_t>(static_cast<size_t>(rows * columns), value)};
-}
-
-Matrix Source(const TensorTable& table, const std::string& name) {
-  for (size_t t = 0; t < table.size(); ++t) {
-    if (table[t].name != name) continue;
-    const Shape& shape = table[t].shape;
-    const int64_t columns = shape.size() > 1 ? shape[shape.size() - 1] : 1;
-    Matrix matrix = Filled(NumElements(shape) / columns, columns, 0);
-    for (size_t i = 0; i < matrix.values.size(); ++i) {
-      matrix.values[i] = test::Element(static_cast<int64_t>(t), static_cast<int64_t>(i));
-    }
-    return matrix;
-  }
-  FAIL("no tensor " << name);
-  return {};
-}
-
-Matrix Rows(const Matrix& from, int64_t begin, int64_t count) {
-  Matrix to = Filled(count, from.columns, 0);
-  std::copy_n(from.values.begin() + begin * from.columns, count * from.columns, to.values.begin());
-  return to;
-}
-
-Matrix Transposed(const Matrix& from) {
-  Matrix to = Filled(from.columns, from.rows, 0);
-  for (int64_t r = 0; r < from.rows; ++r) {
-    for (int64_t c = 0; c < from.columns; ++c) {
-      to.values[static_cast<size_t>(c * from.rows + r)] =
-          from.values[static_cast<size_t>(r * from.columns + c)];
-    }
-  }
-  return to;
-}
-
-Matrix Columns(const Matrix& from, int64_t begin, int64_t count) {
-  return Transposed(Rows(Transposed(from), begin, count));
-}
-
-Matrix Stack(std::initializer_list<Matrix> parts) {
-  Matrix all;
-  for (const Matrix& part : parts) {
-    all.columns = part.columns;
-    all.rows += part.rows;
-    all.values.insert(all.values.end(), part.values.begin(), part.values.end());
-  }
-  return all;
-}
 
 TensorTable TableOf(const Model& m) {
   TensorTable table;
@@ -181,10 +134,8 @@ std::map<std::string, Matrix> Reference(const Model& m, const TensorTable& table
 }
 
 TEST_CASE("random models lower to what slicing full tensors gives") {
-  const char* text = std::getenv("WEIGHTD_SEED");
-  const unsigned seed = text != nullptr ? static_cast<unsigned>(std::atoi(text)) : 20240607u;
-  INFO("WEIGHTD_SEED=" << seed);
-  std::mt19937 random(seed);
+  INFO("WEIGHTD_TEST_SEED=" << TestSeed());
+  std::mt19937_64 random(TestSeed());
   const auto pick = [&random](int64_t low, int64_t high) {
     return std::uniform_int_distribution<int64_t>(low, high)(random);
   };

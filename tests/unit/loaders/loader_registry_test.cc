@@ -97,6 +97,53 @@ TEST_CASE("a file of a directory wins over the embedded one, profile by profile"
   CHECK((*(*registry)->Find("LlamaForCausalLM", "vllm-0.6.3"))->origin() == "embedded:llama");
 }
 
+std::vector<ParamInfo> Named(std::initializer_list<const char*> names) {
+  std::vector<ParamInfo> params;
+  for (const char* name : names) params.push_back({.name = name, .shape = {1}});
+  return params;
+}
+
+TEST_CASE("names of another profile are refused with the profile that they fit") {
+  const auto registry = LoaderRegistry::Create("");
+  REQUIRE(registry.ok());
+  const auto old_names = Named({"model.layers.3.self_attn.q_a_proj.weight",
+                                "model.layers.3.mlp.experts.w13_weight", "model.norm.weight"});
+  const auto new_names = Named({"model.layers.3.self_attn.fused_qkv_a_proj.weight",
+                                "model.layers.3.mlp.experts.routed_experts.w13_weight"});
+  const auto check = [&registry](const char* architecture, const char* profile,
+                                 const std::vector<ParamInfo>& params) {
+    return (*registry)->CheckProfile(architecture, profile, params);
+  };
+  CHECK(check("DeepseekV2ForCausalLM", "vllm-0.6.3", old_names).ok());
+  CHECK(check("DeepseekV2ForCausalLM", "vllm-0.32.0", new_names).ok());
+  const Status fused = check("DeepseekV2ForCausalLM", "vllm-0.6.3", new_names);
+  CHECK(FieldsOf(fused).reason == reason::kUnknownProfile);
+  CHECK(FieldsOf(fused).tensor == "model.layers.3.self_attn.fused_qkv_a_proj.weight");
+  CHECK(FieldsOf(fused).remedy == "report engine profile vllm-0.32 instead");
+  const Status unfused = check("DeepseekV2ForCausalLM", "vllm-0.32", old_names);
+  CHECK(FieldsOf(unfused).tensor == "model.layers.3.self_attn.q_a_proj.weight");
+  CHECK(FieldsOf(unfused).remedy == "report engine profile vllm-0.6.3 instead");
+  const Status backend =
+      check("GPTBigCodeForCausalLM", "vllm-0.6.3", Named({"model.h.0.attn.c_attn.weight"}));
+  CHECK(FieldsOf(backend).remedy == "report engine profile vllm-0.32 instead");
+}
+
+TEST_CASE("names that fit no profile, and parameters that weightd does not write, pass for now") {
+  const auto registry = LoaderRegistry::Create("");
+  REQUIRE(registry.ok());
+  auto params = Named({"model.layers.0.mystery.weight"});
+  CHECK((*registry)->CheckProfile("DeepseekV2ForCausalLM", "vllm-0.32", params).ok());
+  params = Named({"model.layers.0.mlp.experts.w13_weight"});
+  CHECK_FALSE((*registry)->CheckProfile("DeepseekV2ForCausalLM", "vllm-0.32", params).ok());
+  params[0].kind = ParamKind::kOpaque;
+  CHECK((*registry)->CheckProfile("DeepseekV2ForCausalLM", "vllm-0.32", params).ok());
+  params[0].kind = ParamKind::kRaw;
+  params[0].alias_of = "model.norm.weight";
+  CHECK((*registry)->CheckProfile("DeepseekV2ForCausalLM", "vllm-0.32", params).ok());
+  CHECK(FieldsOf((*registry)->CheckProfile("DeepseekV2ForCausalLM", "vllm-0.40", params)).reason ==
+        reason::kUnknownProfile);
+}
+
 TEST_CASE("a directory with a malformed file, two files for one model, or none at all is refused") {
   const TempDir dir;
   CHECK(LoaderRegistry::Create(dir.path() + "/none").status().code() == StatusCode::kNotFound);
@@ -116,6 +163,16 @@ TEST_CASE("loader list names every loader in text and JSON") {
   const auto json = nlohmann::json::parse(ListLoaders(**registry, true));
   CHECK(json["loaders"].size() == AllEmbeddedRules().size());
   CHECK(json["loaders"][0]["origin"].get<std::string>().starts_with("embedded:"));
+  CHECK(json["loaders"][0]["source"] == "embedded");
+  const TempDir dir;
+  const std::string path = dir.Write("own.rules", kOwnLlama);
+  const auto both = LoaderRegistry::Create(dir.path());
+  REQUIRE(both.ok());
+  const auto own = nlohmann::json::parse(ListLoaders(**both, true))["loaders"][0];
+  CHECK(own["source"] == "directory");
+  CHECK(own["origin"] == path);
+  CHECK(own["architectures"] == nlohmann::json{"LlamaForCausalLM"});
+  CHECK(own["profiles"] == nlohmann::json{"vllm-0.32"});
 }
 
 TEST_CASE("loader check tells sound files from malformed ones") {

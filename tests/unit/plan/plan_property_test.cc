@@ -2,12 +2,11 @@
 // checker notices broken plans. WEIGHTD_TEST_SEED repeats a run.
 #include <algorithm>
 #include <catch2/catch.hpp>
-#include <cstdlib>
-#include <iostream>
 #include <numeric>
 #include <random>
 
 #include "tests/unit/plan/plan_testing.h"
+#include "tests/unit/test_seed.h"
 
 namespace weightd {
 namespace {
@@ -20,17 +19,6 @@ using testing::ShardOf;
 using testing::Trainer;
 
 constexpr int kRounds = 400;
-
-uint64_t Seed() {
-  static const uint64_t seed = [] {
-    const char* text = std::getenv("WEIGHTD_TEST_SEED");
-    const uint64_t value = text != nullptr ? std::strtoull(text, nullptr, 10)
-                                           : static_cast<uint64_t>(std::random_device()());
-    std::cout << "WEIGHTD_TEST_SEED=" << value << std::endl;
-    return value;
-  }();
-  return seed;
-}
 
 /// Draws numbers, meshes, tensors and layouts.
 class Draw {
@@ -203,16 +191,16 @@ CopyList ListOf(const std::vector<Copy>& copies) {
 
 TEST_CASE("random plans move every element exactly as the layout says") {
   for (uint64_t round = 0; round < kRounds; ++round) {
-    const Case random(Seed() + round);
-    INFO("WEIGHTD_TEST_SEED=" << Seed() + round);
+    const Case random(TestSeed() + round);
+    INFO("WEIGHTD_TEST_SEED=" << TestSeed() + round);
     REQUIRE(random.Fault() == "");
   }
 }
 
 TEST_CASE("the same input gives the same plan") {
   for (uint64_t round = 0; round < 20; ++round) {
-    const Case once(Seed() + round);
-    const Case again(Seed() + round);
+    const Case once(TestSeed() + round);
+    const Case again(TestSeed() + round);
     const std::vector<Copy> copies(once.plan.copies.begin(), once.plan.copies.end());
     REQUIRE(copies == std::vector<Copy>(again.plan.copies.begin(), again.plan.copies.end()));
   }
@@ -255,11 +243,11 @@ TEST_CASE("the checker notices a plan that is broken on purpose") {
   const std::string kind = GENERATE("skip", "swap", "shift source", "shift target", "other shard");
   int mutated = 0;
   for (uint64_t round = 0; round < kRounds; ++round) {
-    const Case random(Seed() + round);
+    const Case random(TestSeed() + round);
     std::vector<Copy> copies(random.plan.copies.begin(), random.plan.copies.end());
     if (copies.empty() || !Mutate(kind, random, copies)) continue;
     ++mutated;
-    INFO(kind << " WEIGHTD_TEST_SEED=" << Seed() + round);
+    INFO(kind << " WEIGHTD_TEST_SEED=" << TestSeed() + round);
     REQUIRE(random.FaultOf(ListOf(copies)) != "");
   }
   CHECK(mutated > kRounds / 10);
@@ -268,7 +256,7 @@ TEST_CASE("the checker notices a plan that is broken on purpose") {
 TEST_CASE("the proof notices a layout that is broken on purpose") {
   int refused = 0;
   for (uint64_t round = 0; round < kRounds; ++round) {
-    Case random(Seed() + round);
+    Case random(TestSeed() + round);
     std::vector<Write>& writes = random.layout.writes;
     if (round % 3 == 0) {
       writes.pop_back();
@@ -279,7 +267,7 @@ TEST_CASE("the proof notices a layout that is broken on purpose") {
     } else {
       continue;
     }
-    INFO("WEIGHTD_TEST_SEED=" << Seed() + round);
+    INFO("WEIGHTD_TEST_SEED=" << TestSeed() + round);
     REQUIRE_FALSE(CheckCoverage(random.trainer.table(), random.layout).ok());
     ++refused;
   }
@@ -289,14 +277,14 @@ TEST_CASE("the proof notices a layout that is broken on purpose") {
 TEST_CASE("the proof notices a trainer that is broken on purpose") {
   int refused = 0;
   for (uint64_t round = 0; round < kRounds; ++round) {
-    const Case random(Seed() + round);
+    const Case random(TestSeed() + round);
     std::vector<RankShards> shards = random.trainer.shards();
     // Only one holder: moving its box leaves a gap, an overlap or the tensor.
     if (shards.size() > 1) continue;
     for (Box& box : shards[0].boxes) {
       if (box.num_dims() == 0 || box.empty()) continue;
       ++box.origin[0];
-      INFO("WEIGHTD_TEST_SEED=" << Seed() + round);
+      INFO("WEIGHTD_TEST_SEED=" << TestSeed() + round);
       REQUIRE_FALSE(SourceGrid::Build(random.trainer.table(), shards).ok());
       ++refused;
       break;
@@ -309,7 +297,7 @@ TEST_CASE("replicas send even shares of a model") {
   const auto replicas = GENERATE(2, 3, 4);
   const auto pieces = GENERATE(1, 2, 5);
   const std::vector<int> mesh = {replicas, pieces};
-  Draw draw(Seed());
+  Draw draw(TestSeed());
   Trainer trainer(replicas * pieces);
   RankLayout layout;
   uint64_t total = 0;
@@ -338,7 +326,7 @@ TEST_CASE("replicas send even shares of a model") {
       least = std::min(least, bytes);
       most = std::max(most, bytes);
     }
-    INFO("WEIGHTD_TEST_SEED=" << Seed() << " least " << least << " most " << most);
+    INFO("WEIGHTD_TEST_SEED=" << TestSeed() << " least " << least << " most " << most);
     CHECK(most - least <= largest_box);
   }
 }

@@ -299,6 +299,13 @@ def test_group_is_given_or_local(library: FakeLibrary) -> None:
     assert (library.opened["rank"], library.opened["world_size"]) == (0, 1)
 
 
+def test_device_of_the_memory_is_passed_on(library: FakeLibrary) -> None:
+    Actor(model="m").close()
+    assert library.opened["device"] is None
+    Actor(model="m", device="host.1").close()
+    assert library.opened["device"] == b"host.1"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -320,11 +327,6 @@ def test_launched_rank_without_process_group_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(errors.GroupError, match="init_process_group"):
         Actor(model="m")
-
-
-def test_engines_to_drive_are_refused(library: FakeLibrary) -> None:
-    with pytest.raises(errors.UnsupportedError, match="engine drivers"):
-        Actor(model="m", engines=["http://localhost:8000"])
 
 
 def test_import_is_free_of_torch_threads_and_native_code() -> None:

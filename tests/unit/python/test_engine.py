@@ -32,6 +32,11 @@ def test_parameters_are_lent_and_tied_names_become_aliases(library: FakeLibrary)
         assert library.opened["profile"] == b"vllm-0.32"
 
 
+def test_device_of_the_memory_is_passed_on(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(2))], device="host.1"):
+        assert library.opened["device"] == b"host.1"
+
+
 def test_views_of_other_parts_are_no_aliases(library: FakeLibrary) -> None:
     base = torch.zeros(4, 2)
     with _engine([("a", base[:2]), ("b", base[2:]), ("c", base)]):

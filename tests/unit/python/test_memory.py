@@ -112,11 +112,11 @@ def test_soft_descriptor_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_tensors_without_plain_host_memory_are_refused(tensor: torch.Tensor, text: str) -> None:
     with pytest.raises(errors.UnsupportedError, match=text) as caught:
-        _memory.check_host_tensor("w", tensor)
+        _memory.check_tensor("w", tensor)
     assert caught.value.tensor == "w"
 
 
-def test_device_tensors_are_refused_with_what_to_do() -> None:
-    tensor = SimpleNamespace(device=torch.device("cuda:0"))
-    with pytest.raises(errors.UnsupportedError, match="GPU data plane is not in this build"):
-        _memory.check_host_tensor("w", tensor)
+def test_tensors_of_other_devices_are_refused_with_what_to_do() -> None:
+    tensor = SimpleNamespace(device=torch.device("xpu:0"))
+    with pytest.raises(errors.UnsupportedError, match="neither in host memory nor on an NVIDIA"):
+        _memory.check_tensor("w", tensor)

@@ -89,6 +89,7 @@ window_operations = 7
 max_sessions = 8
 max_tensors = 9
 [worker]
+devices = ["host.1", "GPU-0a0b0c0d-1111-2222-3333-444444444444"]
 threads = 3
 peer_check = false
 restart_backoff = "250ms"
@@ -105,10 +106,27 @@ retain = "host"
                         milliseconds(14'400'000), milliseconds(5000), milliseconds(6000),
                         milliseconds(7000)};
   expected.limits = {8u << 20, 1u << 20, 7, 8, 9};
-  expected.worker = {3, false, milliseconds(250)};
+  expected.worker = {
+      {"host.1", "GPU-0a0b0c0d-1111-2222-3333-444444444444"}, 3, false, milliseconds(250)};
   expected.catch_up = {false, "host"};
   CHECK(*config == expected);
   CHECK(config->RuntimeDir() == "/tmp/r");
+}
+
+TEST_CASE("devices are a list of names that are known, each once") {
+  const auto error = [](const std::string& value) {
+    return ErrorOf("[worker]\ndevices = " + value + "\n");
+  };
+  CHECK(error("[\"host\", \"host.1\"]").empty());
+  CHECK(error("\"host\"").find("must be a list of texts") != std::string::npos);
+  CHECK(error("[1]").find("must be a list of texts") != std::string::npos);
+  CHECK(error("[]").find("at least one device") != std::string::npos);
+  CHECK(error("[\"cuda:0\"]").find("w.toml:2: worker.devices has \"cuda:0\"") == 0);
+  CHECK(error("[\"host\", \"host\"]").find("names \"host\" twice") != std::string::npos);
+  const auto config = LoadConfig({.sets = {"worker.devices=host,host.2"}});
+  REQUIRE(config.ok());
+  CHECK(config->worker.devices == std::vector<std::string>{"host", "host.2"});
+  CHECK_FALSE(ErrorOf(ConfigSources{.sets = {"worker.devices=host,"}}).empty());
 }
 
 TEST_CASE("an unknown key is an error with file, line and the nearest key") {

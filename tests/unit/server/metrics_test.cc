@@ -25,6 +25,8 @@ TEST_CASE("every metric appears under its documented name and labels") {
   metrics.CountVerifyMismatch();
   metrics.SetStagingBytes("host", 4096);
   metrics.CountWorkerRestart("host");
+  metrics.SetWorkerUp("host", true);
+  metrics.SetWorkerUp("host.1", false);
   metrics.ObservePlanCompile(0.3);
   metrics.SetEngine({"llama", "e0", 1}, "SERVING", 7);
   const std::string text = metrics.Text();
@@ -40,6 +42,8 @@ TEST_CASE("every metric appears under its documented name and labels") {
            R"(weightd_verify_mismatch_total 1)",
            R"(weightd_staging_bytes{device="host"} 4096)",
            R"(weightd_worker_restarts_total{device="host"} 1)",
+           R"(weightd_worker_up{device="host"} 1)",
+           R"(weightd_worker_up{device="host.1"} 0)",
            R"(weightd_plan_compile_seconds_count 1)",
            R"(weightd_engine_weight_version{dp_rank="1",engine="e0",model="llama"} 7)",
            R"(weightd_engine_state{dp_rank="1",engine="e0",model="llama",state="SERVING"} 1)",

@@ -8,7 +8,8 @@
 namespace weightd {
 namespace {
 
-// Tensors of [2, 4] on two actors, one row each, into one engine rank that holds them as they are.
+// Tensors of [2, 4] on two actors, one row and one device each, into one engine rank that holds
+// them as they are.
 WorkerPlan MakePlan(uint32_t tensors) {
   WorkerPlan plan;
   plan.handle = 9;
@@ -35,6 +36,7 @@ WorkerPlan MakePlan(uint32_t tensors) {
     }
     plan.shards.push_back(std::move(shards));
     plan.sources.push_back(static_cast<MemberId>(rank + 1));
+    plan.source_devices.push_back(rank == 0 ? "host" : "host.1");
   }
   const std::vector<RankShards> shards = {*plan.shards[0], *plan.shards[1]};
   const RankLayout* const layouts[] = {layout.get()};
@@ -43,14 +45,16 @@ WorkerPlan MakePlan(uint32_t tensors) {
   plan.layouts.push_back(std::move(layout));
   plan.targets.push_back(static_cast<MemberId>(5));
   plan.labels.emplace_back("engine e0 tp 1");
+  plan.target_devices.emplace_back("host.1");
   return plan;
 }
 
-StatusOr<std::shared_ptr<const LoadedPlan>> Load(const std::vector<v1::PlanPage>& pages) {
+StatusOr<std::shared_ptr<const LoadedPlan>> Load(const std::vector<v1::PlanPage>& pages,
+                                                 const std::string& device = "host") {
   PlanAssembler assembler;
   for (const v1::PlanPage& page : pages) WEIGHTD_RETURN_IF_ERROR(assembler.Add(page));
   WEIGHTD_ASSIGN_OR_RETURN(PlanInput input, assembler.Finish());
-  return LoadPlan(std::move(input));
+  return LoadPlan(std::move(input), device);
 }
 
 TEST_CASE("a worker assembles from the pages the plan that the daemon proved") {
@@ -62,7 +66,11 @@ TEST_CASE("a worker assembles from the pages the plan that the daemon proved") {
     const auto loaded = Load(pages);
     REQUIRE(loaded.ok());
     CHECK((*loaded)->digest == plan.digest);
-    CHECK((*loaded)->bytes == tensors * 16u);
+    CHECK((*loaded)->bytes == tensors * 8u);
+    const auto other = Load(pages, "host.1");
+    REQUIRE(other.ok());
+    CHECK((*other)->digest == plan.digest);
+    CHECK((*other)->bytes == tensors * 8u);
   }
 }
 

@@ -118,6 +118,7 @@ TEST_CASE("a process that is not the daemon's child cannot attach as its worker"
   *report.mutable_hello()->mutable_protocol() = v1::ProtocolVersion();
   report.mutable_hello()->mutable_protocol()->set_major(kProtocolMajor);
   report.mutable_hello()->set_token("guessed");
+  report.mutable_hello()->set_device(kHostDevice);
   stream->Write(report);
   v1::WorkerCommand command;
   CHECK_FALSE(stream->Read(&command));

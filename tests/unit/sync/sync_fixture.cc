@@ -1,5 +1,7 @@
 #include "tests/unit/sync/sync_fixture.h"
 
+#include <algorithm>
+
 namespace weightd {
 namespace {
 
@@ -35,40 +37,52 @@ class FakeEngine : public EnginePort {
 
 class FakeWorker : public WorkerPort {
  public:
-  explicit FakeWorker(SyncFixture& fixture) : fixture_(fixture) {}
-  std::string device() const override { return "host"; }
+  FakeWorker(SyncFixture& fixture, std::string device)
+      : fixture_(fixture), device_(std::move(device)) {}
+  std::string device() const override { return device_; }
   std::string socket_path() const override { return "none"; }
   void SendExpect(MemberId, const std::string&, bool, const std::string&) override {}
   void SendForget(MemberId) override {}
   void SendPlan(const WorkerPlan& plan) override {
-    fixture_.worker_log.emplace_back("plan");
-    fixture_.mailbox.Post(
-        {.kind = Event::Kind::kPlanLoaded, .plan = plan.handle, .digest = plan.digest});
+    Log("plan");
+    Digest128 digest = plan.digest;
+    if (fixture_.script.on_plan) digest = fixture_.script.on_plan(device_, digest);
+    fixture_.mailbox.Post({.kind = Event::Kind::kPlanLoaded,
+                           .device = device_,
+                           .plan = plan.handle,
+                           .digest = digest});
   }
   void SendDropPlan(uint64_t) override {}
   void SendStep(const StepCommand& command) override {
-    fixture_.worker_log.emplace_back(command.step == Step::kTransfer ? "transfer" : "verify");
-    if (fixture_.script.on_step) return fixture_.script.on_step(command);
-    fixture_.StepDone(command, 42);
+    Log(command.step == Step::kTransfer ? "transfer"
+        : command.step == Step::kVerify ? "verify"
+                                        : "check");
+    if (fixture_.script.on_step) return fixture_.script.on_step(device_, command);
+    fixture_.StepDone(device_, command);
   }
-  void SendCancel(AttemptId) override { fixture_.worker_log.emplace_back("cancel"); }
+  void SendCancel(AttemptId) override { Log("cancel"); }
   void Kill(const std::string&) override {
-    fixture_.worker_killed = true;
-    fixture_.mailbox.Post(
-        {.kind = Event::Kind::kWorkerLost,
-         .status = Error(StatusCode::kUnavailable, reason::kWorkerLost, "", "killed")});
+    fixture_.workers_killed.insert(device_);
+    fixture_.LoseWorker(device_);
   }
 
  private:
+  void Log(std::string what) {
+    if (device_ != kHostDevice) what += " " + device_;
+    fixture_.worker_log.push_back(std::move(what));
+  }
+
   SyncFixture& fixture_;
+  const std::string device_;
 };
 
-std::shared_ptr<const ActorRank> MakeActor(int rank) {
+std::shared_ptr<const ActorRank> MakeActor(int rank, const Scene& scene) {
   auto actor = std::make_shared<ActorRank>();
   actor->member = static_cast<MemberId>(rank + 1);
   actor->rank = rank;
   actor->label = fmt::format("actor {}", rank);
-  actor->shards.boxes = {{{2 * rank}, {2}}};
+  actor->device = scene.actor_devices[static_cast<size_t>(rank)];
+  actor->shards.boxes = {scene.replicated ? Box{{0}, {4}} : Box{{2 * rank}, {2}}};
   actor->shards.first = {0, 1};
   actor->shards.box_index = {0};
   return actor;
@@ -76,7 +90,7 @@ std::shared_ptr<const ActorRank> MakeActor(int rank) {
 
 }  // namespace
 
-SyncFixture::SyncFixture(int engines) {
+SyncFixture::SyncFixture(const Scene& scene) : scene_(scene) {
   for (milliseconds* limit : {&sync_options.admit, &sync_options.prepare, &sync_options.transfer,
                               &sync_options.verify, &sync_options.commit}) {
     *limit = milliseconds(300);
@@ -86,25 +100,34 @@ SyncFixture::SyncFixture(int engines) {
   group.table = std::make_shared<const TensorTable>(TensorTable{{"w", {4}, DType::kFloat32}});
   group.lost.resize(2);
   for (int rank = 0; rank < 2; ++rank) {
-    group.ranks.push_back(MakeActor(rank));
+    group.ranks.push_back(MakeActor(rank, scene));
     actors.push_back(std::make_shared<FakeActor>());
   }
-  for (int i = 0; i < engines; ++i) {
+  for (int i = 0; i < scene.engines; ++i) {
     auto replica = std::make_shared<Replica>();
     replica->engine = fmt::format("e{}", i);
     replica->state = ReplicaState::kRegistered;
     replicas.push_back(std::move(replica));
     engine_members.push_back(static_cast<MemberId>(100 + i));
   }
-  worker_ = std::make_shared<FakeWorker>(*this);
+  for (const char* device : {"host", "host.1", "host.2"}) {
+    workers_[device] = std::make_shared<FakeWorker>(*this, device);
+  }
 }
 
-SyncReport SyncFixture::Sync(uint64_t version, uint32_t require) {
+const std::string& SyncFixture::EngineDevice(size_t engine) const {
+  static const std::string host = kHostDevice;
+  const auto& devices = scene_.engine_devices;
+  return devices.empty() ? host : devices[std::min(engine, devices.size() - 1)];
+}
+
+SyncReport SyncFixture::Sync(uint64_t version, uint32_t require, bool check_replicas) {
   SyncSession session(*this, mailbox, version);
   for (int rank = 0; rank < 2; ++rank) {
     SyncRequest request;
     request.version = version;
     request.require_replicas = require;
+    request.check_replicas = check_replicas;
     request.member = group.ranks[static_cast<size_t>(rank)]->member;
     request.rank = rank;
     request.port = actors[static_cast<size_t>(rank)];
@@ -113,8 +136,24 @@ SyncReport SyncFixture::Sync(uint64_t version, uint32_t require) {
   return session.Run();
 }
 
-void SyncFixture::StepDone(const StepCommand& command, uint64_t word, const Status& status) {
+void SyncFixture::StepDone(const std::string& device, const StepCommand& command) {
+  constexpr uint64_t kWord = 42;
+  const std::set<std::string> writers(scene_.actor_devices.begin(), scene_.actor_devices.end());
+  StepDone(device, command, command.step == Step::kTransfer ? kWord / writers.size() : kWord);
+}
+
+void SyncFixture::LoseWorker(const std::string& device) {
+  mailbox.Post({.kind = Event::Kind::kWorkerLost,
+                .device = device,
+                .status = WithPeer(Error(StatusCode::kUnavailable, reason::kWorkerLost, "",
+                                         "the worker died: device={}", device),
+                                   "worker " + device)});
+}
+
+void SyncFixture::StepDone(const std::string& device, const StepCommand& command, uint64_t word,
+                           const Status& status) {
   Event event;
+  event.device = device;
   event.kind = Event::Kind::kStepDone;
   event.attempt = command.attempt;
   event.step = command.step;
@@ -142,13 +181,16 @@ std::vector<ReplicaView> SyncFixture::ViewReplicas() {
     auto rank = std::make_shared<EngineRank>();
     rank->member = engine_members[i];
     rank->label = "engine " + view.engine;
+    rank->device = EngineDevice(i);
     view.targets = {{rank, std::make_shared<FakeEngine>(*this, rank->member, rank->label)}};
     views.push_back(std::move(view));
   }
   return views;
 }
 
-std::shared_ptr<WorkerPort> SyncFixture::Worker() { return worker_alive ? worker_ : nullptr; }
+std::shared_ptr<WorkerPort> SyncFixture::Worker(const std::string& device) {
+  return workers_down.contains(device) ? nullptr : workers_.at(device);
+}
 
 void SyncFixture::CommitReplica(const ReplicaView& view, uint64_t version,
                                 const std::string& layout, uint64_t digest) {
@@ -158,8 +200,9 @@ void SyncFixture::CommitReplica(const ReplicaView& view, uint64_t version,
 }
 
 StatusOr<std::shared_ptr<const ReplicaPlan>> SyncFixture::PlanFor(const GroupView&,
-                                                                  const ReplicaView&) {
-  if (plan_ != nullptr) return plan_;
+                                                                  const ReplicaView& view) {
+  std::shared_ptr<const ReplicaPlan>& cached = plans_[view.engine];
+  if (cached != nullptr) return cached;
   auto layout = std::make_shared<RankLayout>();
   layout->params = {{"w", {4}, DType::kFloat32}};
   layout->writes = {{.source = WholeBox({4}), .target = WholeBox({4})}};
@@ -170,15 +213,19 @@ StatusOr<std::shared_ptr<const ReplicaPlan>> SyncFixture::PlanFor(const GroupVie
   auto resolved = std::make_shared<ResolvedReplica>();
   resolved->layout_key = "layout";
   resolved->layouts = {layout};
+  resolved->num_tensors = {1};
   auto worker = std::make_shared<WorkerPlan>();
-  worker->handle = 1;
+  worker->handle = plans_.size();
   worker->digest = compiled.digest;
+  worker->source_devices = scene_.actor_devices;
+  worker->target_devices = {view.targets.front().rank->device};
   auto plan = std::make_shared<ReplicaPlan>();
+  plan->shares = ShareWork(compiled, worker->source_devices, worker->target_devices);
   plan->resolved = std::move(resolved);
   plan->compiled = std::make_shared<const CompiledPlan>(std::move(compiled));
   plan->worker = std::move(worker);
-  plan_ = std::move(plan);
-  return plan_;
+  cached = std::move(plan);
+  return cached;
 }
 
 }  // namespace weightd

@@ -1,11 +1,14 @@
-// One trainer of two ranks, engines of one rank, a worker that answers at once: all in memory, so
+// One trainer of two ranks, engines of one rank, workers that answer at once: all in memory, so
 // that a test decides what each of them does.
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "daemon/sync/sync_session.h"
@@ -16,7 +19,16 @@ namespace weightd {
 struct Script {
   std::function<void(MemberId, AttemptId)> on_prepare;
   std::function<void(MemberId, AttemptId)> on_commit;
-  std::function<void(const StepCommand&)> on_step;
+  std::function<void(const std::string& device, const StepCommand&)> on_step;
+  std::function<Digest128(const std::string& device, Digest128)> on_plan;
+};
+
+/// Where the memory is, and what the trainer's ranks hold.
+struct Scene {
+  int engines = 1;  ///< replicas of one rank each
+  std::vector<std::string> actor_devices = {"host", "host"};
+  std::vector<std::string> engine_devices = {};  ///< the last one is that of all further engines
+  bool replicated = false;  ///< both ranks hold all of the tensor, not half of it each
 };
 
 class FakeActor : public ActorPort {
@@ -32,33 +44,38 @@ class FakeActor : public ActorPort {
 
 class SyncFixture : public SessionHost {
  public:
-  /// `engines` replicas of one rank each.
-  explicit SyncFixture(int engines = 1);
+  explicit SyncFixture(const Scene& scene = {});
 
   /// Runs a sync of both ranks.
-  SyncReport Sync(uint64_t version, uint32_t require = 0);
+  SyncReport Sync(uint64_t version, uint32_t require = 0, bool check_replicas = false);
 
   Script script;
   Mailbox mailbox;
   std::vector<std::shared_ptr<FakeActor>> actors;
   std::vector<std::shared_ptr<Replica>> replicas;
   std::vector<MemberId> engine_members;
-  std::vector<std::string> outcomes;  ///< "engine e0: committed", "... untouched", "... POISONED"
+  std::vector<std::string> outcomes;    ///< "engine e0: committed", "... untouched", "... POISONED"
   std::vector<std::string> idle;      ///< "engine e0: 1 ok": version and reason of SendIdle
-  std::vector<std::string> worker_log;
-  bool worker_alive = true;
-  bool worker_killed = false;
+  std::vector<std::string> worker_log;  ///< "transfer", or "transfer host.1"
+  std::set<std::string> workers_down;   ///< devices
+  std::set<std::string> workers_killed;  ///< devices
+  /// Is the member's memory mapped there? Empty: always.
+  std::function<bool(MemberId, const std::string& device)> attached;
   SyncOptions sync_options;
   VersionLedger ledger;
   GroupView group;
 
-  void StepDone(const StepCommand& command, uint64_t word, const Status& status = {});
+  void StepDone(const std::string& device, const StepCommand& command, uint64_t word,
+                const Status& status = {});
+  /// What a healthy worker answers: the words of all writers add up to that of the verification.
+  void StepDone(const std::string& device, const StepCommand& command);
+  void LoseWorker(const std::string& device);
   void Lose(MemberId member, bool engine);
 
   GroupView ViewGroup() override { return group; }
   std::vector<ReplicaView> ViewReplicas() override;
   AttemptId NextAttempt() override { return {1, next_attempt_++}; }
-  std::shared_ptr<WorkerPort> Worker() override;
+  std::shared_ptr<WorkerPort> Worker(const std::string& device) override;
   Status AdmitVersion(uint64_t version) override { return ledger.Admit(version, true); }
   Status CheckRetry(uint64_t version, const std::string& layout, uint64_t digest) override {
     return ledger.CheckRetry(version, layout, digest);
@@ -73,9 +90,15 @@ class SyncFixture : public SessionHost {
   Status ResolveLayouts(const GroupView&, const ReplicaView&) override { return resolve_error; }
   StatusOr<std::shared_ptr<const ReplicaPlan>> PlanFor(const GroupView&,
                                                        const ReplicaView&) override;
-  bool Attached(MemberId) override { return true; }
-  bool PlanLoaded(uint64_t) override { return plan_loaded_; }
-  void MarkPlanLoaded(uint64_t) override { plan_loaded_ = true; }
+  bool Attached(MemberId member, const std::string& device) override {
+    return !attached || attached(member, device);
+  }
+  bool PlanLoaded(uint64_t handle, const std::string& device) override {
+    return loaded_.contains({handle, device});
+  }
+  void MarkPlanLoaded(uint64_t handle, const std::string& device) override {
+    loaded_.emplace(handle, device);
+  }
   void ReserveVersion(uint64_t) override {}
   void ShowProgress(const SyncProgress&, const std::string&) override {}
   const SyncOptions& options() const override { return sync_options; }
@@ -83,10 +106,13 @@ class SyncFixture : public SessionHost {
   Status resolve_error;
 
  private:
+  const std::string& EngineDevice(size_t engine) const;
+
+  const Scene scene_;
   uint64_t next_attempt_ = 1;
-  bool plan_loaded_ = false;
-  std::shared_ptr<const ReplicaPlan> plan_;
-  std::shared_ptr<WorkerPort> worker_;
+  std::set<std::pair<uint64_t, std::string>> loaded_;
+  std::map<std::string, std::shared_ptr<const ReplicaPlan>> plans_;  // by engine
+  std::map<std::string, std::shared_ptr<WorkerPort>> workers_;       // by device
 };
 
 }  // namespace weightd

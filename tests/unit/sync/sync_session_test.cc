@@ -35,8 +35,8 @@ TEST_CASE("the second sync replays the plan without sending it again") {
 
 TEST_CASE("bytes that differ after landing are never acknowledged and poison the engine") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
-    fixture.StepDone(command, command.step == Step::kTransfer ? 42 : 43);
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
+    fixture.StepDone(device, command, command.step == Step::kTransfer ? 42 : 43);
   };
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).reason == reason::kVerifyMismatch);
@@ -48,8 +48,11 @@ TEST_CASE("bytes that differ after landing are never acknowledged and poison the
 
 TEST_CASE("a worker that skips a tensor in its digests is noticed") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
-    Event event{.kind = Event::Kind::kStepDone, .attempt = command.attempt, .step = command.step};
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
+    Event event{.kind = Event::Kind::kStepDone,
+                .device = device,
+                .attempt = command.attempt,
+                .step = command.step};
     event.touched = true;
     if (command.step == Step::kTransfer) event.digests = {{0, {0}, {42, 0}}};
     if (command.step == Step::kVerify) event.digests = {{0, {}, {0}}};
@@ -58,8 +61,19 @@ TEST_CASE("a worker that skips a tensor in its digests is noticed") {
   CHECK(FieldsOf(fixture.Sync(1).error).reason == reason::kVerifyMismatch);
 }
 
+TEST_CASE("a worker that leaves a tensor out of both of its digests is noticed") {
+  SyncFixture fixture;
+  fixture.script.on_step = [&](const StepCommand& command) {
+    Event event{.kind = Event::Kind::kStepDone, .attempt = command.attempt, .step = command.step};
+    event.touched = true;
+    event.digests = {{0, {}, {0}}};
+    fixture.mailbox.Post(std::move(event));
+  };
+  CHECK(FieldsOf(fixture.Sync(1).error).reason == reason::kVerifyMismatch);
+}
+
 TEST_CASE("a layout error refuses the sync before anything is prepared") {
-  SyncFixture fixture(2);
+  SyncFixture fixture({.engines = 2});
   fixture.resolve_error =
       Error(StatusCode::kInvalidArgument, reason::kUncoveredParameter, "fix it", "no rule");
   const SyncReport report = fixture.Sync(1);
@@ -72,12 +86,12 @@ TEST_CASE("a layout error refuses the sync before anything is prepared") {
 }
 
 TEST_CASE("an engine that dies in the transfer fails alone; the other commits") {
-  SyncFixture fixture(2);
-  fixture.script.on_step = [&](const StepCommand& command) {
+  SyncFixture fixture({.engines = 2});
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
     if (command.step == Step::kTransfer && command.attempt.counter == 1) {
       fixture.Lose(fixture.engine_members[0], true);
     }
-    fixture.StepDone(command, 42);
+    fixture.StepDone(device, command, 42);
   };
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).reason == reason::kPeerLost);
@@ -91,9 +105,9 @@ TEST_CASE("an engine that dies in the transfer fails alone; the other commits") 
 TEST_CASE(
     "an actor that dies in the transfer fails the sync for all and poisons what was touched") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
     fixture.Lose(fixture.group.ranks[1]->member, false);
-    fixture.StepDone(command, 42);
+    fixture.StepDone(device, command, 42);
   };
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).peer == "actor");
@@ -113,19 +127,31 @@ TEST_CASE("an engine that does not answer Prepare is named at the deadline and l
   CHECK(fixture.replicas[0]->state == ReplicaState::kRegistered);
 }
 
-TEST_CASE("a worker that never answers is killed before the report: that is the fence") {
+TEST_CASE("an engine that does not publish is not acknowledged, and is poisoned") {
   SyncFixture fixture;
-  fixture.script.on_step = [](const StepCommand&) {};
+  fixture.script.on_commit = [](MemberId, AttemptId) {};
   const SyncReport report = fixture.Sync(1);
   CHECK(report.error.code() == StatusCode::kDeadlineExceeded);
-  CHECK(fixture.worker_killed);
+  CHECK(FieldsOf(report.error).peer == "engine e0");
+  CHECK(FieldsOf(report.error).phase == "commit");
+  CHECK(fixture.outcomes == Strings{"engine e0: POISONED"});
+  CHECK(fixture.ledger.highest() == 0);
+}
+
+TEST_CASE("a worker that never answers is killed before the report: that is the fence") {
+  SyncFixture fixture;
+  fixture.script.on_step = [](const std::string&, const StepCommand&) {};
+  const SyncReport report = fixture.Sync(1);
+  CHECK(report.error.code() == StatusCode::kDeadlineExceeded);
+  CHECK(fixture.workers_killed == std::set<std::string>{"host"});
   CHECK(fixture.outcomes == Strings{"engine e0: POISONED"});
 }
 
 TEST_CASE("a failed sync consumes no version; the same one heals the engine") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
-    fixture.StepDone(command, 42, Error(StatusCode::kUnavailable, reason::kPeerLost, "", "gone"));
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
+    fixture.StepDone(device, command, 42,
+                     Error(StatusCode::kUnavailable, reason::kPeerLost, "", "gone"));
   };
   REQUIRE_FALSE(fixture.Sync(1).error.ok());
   CHECK(fixture.replicas[0]->state == ReplicaState::kPoisoned);

@@ -14,6 +14,8 @@ using testing::MakeBinding;
 using testing::ReasonOf;
 using testing::SharedBuffer;
 
+HostSegmentMapper mapper;
+
 Status Offer(MemoryRegistration* registration, uint32_t id, const SharedBuffer& buffer,
              uint64_t claimed_bytes) {
   v1::OfferSegments offer;
@@ -41,7 +43,7 @@ v1::MemoryBinding WithStrides(v1::MemoryBinding binding, const std::vector<int64
 TEST_CASE("a registration over several pages finds every block") {
   const SharedBuffer buffer(4096);
   for (int i = 0; i < 1024; ++i) buffer.as<float>()[i] = static_cast<float>(i);
-  MemoryRegistration registration(false, "actor 0");
+  MemoryRegistration registration(false, "actor 0", &mapper);
   REQUIRE(Offer(&registration, 3, buffer, 4096).ok());
   v1::MemoryBinding second_box = MakeBinding(1, 3, 256, {8}, v1::DTYPE_FLOAT32);
   second_box.set_box(1);
@@ -64,7 +66,7 @@ TEST_CASE("a registration over several pages finds every block") {
 
 TEST_CASE("blocks that leave their segment are refused, overflow included") {
   const SharedBuffer buffer(4096);
-  MemoryRegistration registration(true, "engine e0 tp 0");
+  MemoryRegistration registration(true, "engine e0 tp 0", &mapper);
   REQUIRE(Offer(&registration, 0, buffer, 4096).ok());
   const int64_t huge = int64_t{1} << 61;
   const std::vector<v1::MemoryBinding> refused = {
@@ -92,7 +94,7 @@ TEST_CASE("blocks that leave their segment are refused, overflow included") {
 
 TEST_CASE("unknown segments and dtypes, misaligned and doubled blocks are refused") {
   const SharedBuffer buffer(4096);
-  MemoryRegistration registration(false, "actor 0");
+  MemoryRegistration registration(false, "actor 0", &mapper);
   REQUIRE(Offer(&registration, 0, buffer, 4096).ok());
   const auto good = MakeBinding(0, 0, 0, {4}, v1::DTYPE_FLOAT32);
   CHECK(ReasonOf(Bind(&registration, {MakeBinding(0, 9, 0, {4}, v1::DTYPE_FLOAT32)}).status()) ==
@@ -112,10 +114,10 @@ TEST_CASE("an expanded view may be read but not written") {
   const SharedBuffer buffer(4096);
   const auto expanded = WithStrides(MakeBinding(0, 0, 0, {4, 8}, v1::DTYPE_FLOAT32), {0, 1});
   const auto transposed = WithStrides(MakeBinding(0, 0, 0, {4, 8}, v1::DTYPE_FLOAT32), {1, 4});
-  MemoryRegistration actor(false, "actor 0");
+  MemoryRegistration actor(false, "actor 0", &mapper);
   REQUIRE(Offer(&actor, 0, buffer, 4096).ok());
   CHECK(Bind(&actor, {expanded}).ok());
-  MemoryRegistration engine(true, "engine e0 tp 0");
+  MemoryRegistration engine(true, "engine e0 tp 0", &mapper);
   REQUIRE(Offer(&engine, 0, buffer, 4096).ok());
   CHECK(ReasonOf(Bind(&engine, {expanded}).status()) == reason::kShape);
   CHECK(Bind(&engine, {transposed}).ok());
@@ -123,7 +125,7 @@ TEST_CASE("an expanded view may be read but not written") {
 
 TEST_CASE("a segment that is smaller than claimed is refused") {
   const SharedBuffer buffer(4096);
-  MemoryRegistration registration(false, "actor 0");
+  MemoryRegistration registration(false, "actor 0", &mapper);
   const Status status = Offer(&registration, 0, buffer, 8192);
   CHECK(ReasonOf(status) == reason::kSharedMemory);
   CHECK(ReasonOf(Offer(&registration, 0, buffer, 0)) == reason::kSharedMemory);
@@ -135,7 +137,7 @@ TEST_CASE("a segment that is smaller than claimed is refused") {
 TEST_CASE("a segment that is offered again is not mapped again") {
   const SharedBuffer buffer(4096);
   const SharedBuffer other(4096);
-  MemoryRegistration registration(false, "actor 0");
+  MemoryRegistration registration(false, "actor 0", &mapper);
   const auto binding = MakeBinding(0, 0, 0, {4}, v1::DTYPE_FLOAT32);
   REQUIRE(Offer(&registration, 0, buffer, 4096).ok());
   const auto first = Bind(&registration, {binding});
@@ -153,7 +155,7 @@ TEST_CASE("a segment that is offered again is not mapped again") {
 
 TEST_CASE("a registration unmaps segments that it no longer uses") {
   const SharedBuffer buffer(4096);
-  MemoryRegistration registration(false, "actor 0");
+  MemoryRegistration registration(false, "actor 0", &mapper);
   REQUIRE(Offer(&registration, 0, buffer, 4096).ok());
   REQUIRE(Offer(&registration, 1, buffer, 4096).ok());
   REQUIRE(Bind(&registration, {MakeBinding(0, 0, 0, {4}, v1::DTYPE_FLOAT32)}).ok());
@@ -163,7 +165,7 @@ TEST_CASE("a registration unmaps segments that it no longer uses") {
 
 TEST_CASE("memory that its owner truncates is noticed") {
   const SharedBuffer buffer(8192);
-  MemoryRegistration registration(false, "actor 0");
+  MemoryRegistration registration(false, "actor 0", &mapper);
   REQUIRE(Offer(&registration, 0, buffer, 8192).ok());
   const auto memory = Bind(&registration, {MakeBinding(0, 0, 0, {2048}, v1::DTYPE_FLOAT32)});
   REQUIRE(memory.ok());
@@ -178,8 +180,33 @@ TEST_CASE("memory that its owner truncates is noticed") {
   CHECK(ReasonOf((*memory)->CheckIntact(false)) == reason::kMemoryMoved);
 }
 
+TEST_CASE("a worker of host memory refuses GPU memory, and descriptors must fit their segments") {
+  const SharedBuffer buffer(4096);
+  MemoryRegistration registration(false, "actor 0", &mapper);
+  v1::OfferSegments offer;
+  v1::Segment* segment = offer.add_segments();
+  segment->set_size_bytes(4096);
+  const auto offer_with = [&](int count) {
+    std::vector<ScopedFd> fds;
+    for (int i = 0; i < count; ++i) fds.push_back(buffer.Duplicate());
+    return ReasonOf(registration.Offer(offer, std::move(fds)));
+  };
+  CHECK(offer_with(0) == reason::kProtocol);
+  CHECK(offer_with(2) == reason::kProtocol);
+  segment->set_kind(v1::SEGMENT_KIND_CUDA_IPC);
+  segment->set_ipc_handle(std::string(64, 'x'));
+  CHECK(offer_with(0) == reason::kDevice);
+  segment->set_kind(v1::SEGMENT_KIND_CUDA_VMM);
+  segment->add_piece_bytes(4096);
+  CHECK(offer_with(0) == reason::kProtocol);
+  CHECK(offer_with(1) == reason::kDevice);
+  segment->set_kind(v1::SEGMENT_KIND_SHARED_MEMORY);
+  offer.set_event(std::string(64, 'x'));
+  CHECK(offer_with(1) == reason::kProtocol);
+}
+
 TEST_CASE("staged and empty blocks need no segment") {
-  MemoryRegistration registration(false, "actor 0");
+  MemoryRegistration registration(false, "actor 0", &mapper);
   v1::MemoryBinding staged = MakeBinding(0, 0, 0, {1 << 20}, v1::DTYPE_FLOAT32);
   staged.set_staged(true);
   const auto memory =

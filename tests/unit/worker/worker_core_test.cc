@@ -199,6 +199,7 @@ TEST_CASE("a plan of parameters only serves catch-up and nothing else") {
   PlanInput plan = SmallPlan();
   plan.table.clear();
   plan.sources.clear();
+  plan.source_devices.clear();
   plan.shards.clear();
   plan.layouts[0].writes.clear();
   CHECK(fixture.Load(plan).error().code() == 0);

@@ -23,8 +23,10 @@ inline constexpr uint64_t kEnginePad = 192;
 /// A worker with two actors and one engine rank of SmallPlan, all attached, and its plan loaded.
 struct WorkerFixture {
   explicit WorkerFixture(std::unique_ptr<Transport> transport =
-                             std::make_unique<ShmTransport>(ShmOptions{.num_threads = 2})) {
+                             std::make_unique<ShmTransport>(ShmOptions{.num_threads = 2}),
+                         const std::string& device = kHostDevice) {
     WorkerCore::Options options;
+    options.device = device;
     options.members.socket_path = path;
     options.num_threads = 1;
     StatusOr<std::unique_ptr<WorkerCore>> created =

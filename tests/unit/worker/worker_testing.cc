@@ -157,7 +157,9 @@ PlanInput SmallPlan() {
                    {.tensor = 1, .param = 1, .source_dim = {0}, .source = b, .target = b},
                    {.param = 2, .zero_fill = true, .target = WholeBox({3})}};
   plan.layouts = {layout};
+  plan.source_devices = {kHostDevice, kHostDevice};
   plan.targets = {kEngine};
+  plan.target_devices = {kHostDevice};
   plan.labels = {"engine e0 tp 0"};
   const std::vector<const RankLayout*> layouts = {&plan.layouts[0]};
   const Digest128 digest = PlanDigest(plan.table, plan.shards, layouts, plan.limits);
@@ -173,6 +175,7 @@ std::vector<v1::PlanPage> PagesOf(const PlanInput& plan, uint64_t handle) {
   };
   for (const TensorInfo& tensor : plan.table) *add().add_tensors() = ToProto(tensor);
   for (uint64_t member : plan.sources) add().add_sources(member);
+  for (const std::string& device : plan.source_devices) add().add_source_devices(device);
   for (uint32_t rank = 0; rank < plan.shards.size(); ++rank) {
     const RankShards& shards = plan.shards[rank];
     for (const Box& box : shards.boxes) {
@@ -194,6 +197,7 @@ std::vector<v1::PlanPage> PagesOf(const PlanInput& plan, uint64_t handle) {
     head.set_target(target);
     head.set_member(plan.targets[target]);
     head.set_label(plan.labels[target]);
+    head.set_device(plan.target_devices[target]);
     *head.mutable_coordinates() = ToProto(plan.layouts[target].coordinates);
     for (const ParamInfo& param : plan.layouts[target].params) {
       v1::RankWritesPage& page = *add().add_writes();

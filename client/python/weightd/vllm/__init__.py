@@ -14,10 +14,22 @@ def register() -> None:
     """Registers backend ``weightd`` with vLLM. May be called again."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from weightd.vllm import post_load
+    from weightd.vllm import post_load, worker_calls
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "weightd.vllm.engine", "WeightdTransferEngine"
         )
     post_load.install()
+    worker_calls.install()
+    register_trainer()
+
+
+def register_trainer() -> None:
+    """Registers backend ``weightd`` for trainers on vLLM's interface. May be called again."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    if BACKEND not in WeightTransferTrainerFactory._registry:
+        WeightTransferTrainerFactory.register_engine(
+            BACKEND, "weightd.vllm.trainer", "WeightdTrainerEngine"
+        )

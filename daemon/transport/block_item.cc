@@ -1,4 +1,4 @@
-#include "daemon/transport/shm/block_item.h"
+#include "daemon/transport/block_item.h"
 
 #include <algorithm>
 

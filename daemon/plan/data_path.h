@@ -1,0 +1,83 @@
+// How bytes get from the memory of one device to that of another, and which worker moves them.
+// Pure: names of devices in, a choice with its reason out.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "daemon/base/status.h"
+#include "daemon/plan/plan_compiler.h"
+
+namespace weightd {
+
+/// The device of host memory that names no other. "host.1", "host.2" ... are host memory as well,
+/// each with a worker of its own.
+inline constexpr char kHostDevice[] = "host";
+
+/// "host" or "host.N".
+bool IsHostDevice(std::string_view device);
+/// "GPU-" and a UUID, as nvidia-smi prints it.
+bool IsGpuDevice(std::string_view device);
+inline bool IsDevice(std::string_view device) {
+  return IsHostDevice(device) || IsGpuDevice(device);
+}
+
+enum class Path {
+  kShm,   ///< the source's worker stores into mapped host memory
+  kIpc,   ///< the source's worker stores into mapped memory of its own or a peer GPU
+  kNccl,  ///< the source's worker sends, the destination's receives and scatters
+  kPull,  ///< the destination's client copies out of its worker's ring
+};
+std::string_view Name(Path path);
+
+/// One end of a transfer.
+struct Place {
+  std::string device;
+  bool mappable = true;  ///< false: a worker cannot map this memory (sleep-mode allocators)
+};
+
+/// The paths beside shm that this build has.
+struct BuiltPaths {
+  bool ipc = false;
+  bool nccl = false;
+  bool pull = false;
+};
+BuiltPaths ThisBuild();
+
+struct PathChoice {
+  Path path = Path::kShm;
+  std::string reason;  ///< for operators
+};
+
+/// \error FAILED_PRECONDITION NO_PATH naming both devices if this build cannot serve the pair
+StatusOr<PathChoice> ChoosePath(const Place& source, const Place& target,
+                                const BuiltPaths& built = ThisBuild());
+
+/// OK if this build can run a worker for the device.
+/// \error INVALID_ARGUMENT CONFIG naming the device
+Status CheckServed(std::string_view device);
+
+/// What one worker does in a sync of one replica. The worker of a source's device stores into the
+/// engine's memory; zero fill and verification are done by the worker of the engine rank's own
+/// device.
+struct WorkerShare {
+  std::string device;
+  std::vector<uint32_t> writes;    ///< engine ranks that it writes into, ascending
+  std::vector<uint32_t> verifies;  ///< engine ranks on its own device, ascending
+};
+
+/// The shares of all devices on which a rank has its memory, by name. Every engine rank is written
+/// by at least one worker (its own, if it receives nothing) and verified by exactly one.
+std::vector<WorkerShare> ShareWork(const CompiledPlan& plan,
+                                   std::span<const std::string> source_devices,
+                                   std::span<const std::string> target_devices);
+
+/// The part of a rank's plan that one worker copies: what its own sources supply and, if
+/// `zero_fill`, the zero fill. Windows keep their cuts; those without a copy are left out.
+RankPlan OwnCopies(const RankPlan& plan, const RankLayout& layout,
+                   const std::vector<bool>& own_sources, bool zero_fill);
+
+}  // namespace weightd

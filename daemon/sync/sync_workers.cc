@@ -1,0 +1,206 @@
+// How a running sync drives its workers, one per device: each gets the whole plan and does its own
+// share of every step. Nobody waits for a worker longer than a deadline without a sign of life.
+#include <algorithm>
+
+#include "daemon/sync/sync_session.h"
+
+namespace weightd {
+namespace {
+
+constexpr milliseconds kFenceLimit{3000};
+
+std::string WorkerName(const std::string& device) { return "worker " + device; }
+
+}  // namespace
+
+bool ReplicaPlan::Uses(const std::string& device) const {
+  return std::any_of(shares.begin(), shares.end(),
+                     [&](const WorkerShare& share) { return share.device == device; });
+}
+
+Status SyncSession::NoWorkerError(const std::string& device) {
+  return WithPeer(Error(StatusCode::kUnavailable, reason::kWorkerLost,
+                        "it is being restarted: sync again; see the daemon's log if it stays away",
+                        "worker is not running: device={}", device),
+                  WorkerName(device));
+}
+
+Status SyncSession::LoadPlans() {
+  for (ReplicaRun* run : Viable()) {
+    const uint64_t handle = run->plan->worker->handle;
+    for (const WorkerShare& share : run->plan->shares) {
+      if (host_.PlanLoaded(handle, share.device)) continue;
+      const std::shared_ptr<WorkerPort> worker = host_.Worker(share.device);
+      if (worker == nullptr) {
+        Fail(*run, NoWorkerError(share.device));
+        break;
+      }
+      if (!plans_waiting_.emplace(handle, share.device).second) continue;
+      worker->SendPlan(*run->plan->worker);
+    }
+  }
+  return AwaitWorkers(host_.options().prepare);
+}
+
+Status SyncSession::OnPlanLoaded(const Event& event) {
+  heard_[event.device] = Clock::now();
+  plans_waiting_.erase({event.plan, event.device});
+  for (ReplicaRun* run : Viable()) {
+    if (run->plan == nullptr || run->plan->worker->handle != event.plan) continue;
+    if (!event.status.ok()) {
+      Fail(*run, WithPeer(event.status, WorkerName(event.device)));
+    } else if (event.digest != run->plan->worker->digest) {
+      Fail(*run,
+           WithPeer(Error(StatusCode::kInternal, reason::kPlanMismatch,
+                          "run daemon and workers of one release; report this if they are",
+                          "daemon and worker computed different plans: {}", run->view.label()),
+                    WorkerName(event.device)));
+    } else {
+      host_.MarkPlanLoaded(event.plan, event.device);
+    }
+  }
+  return absl::OkStatus();
+}
+
+Status SyncSession::RunStep(Step step, milliseconds limit) {
+  for (ReplicaRun* run : Viable()) {
+    run->bytes_done.clear();
+    for (const WorkerShare& share : run->plan->shares) {
+      const bool transfers = step == Step::kTransfer;
+      StepCommand command;
+      command.targets = transfers ? share.writes : share.verifies;
+      if (command.targets.empty()) continue;
+      const std::shared_ptr<WorkerPort> worker = host_.Worker(share.device);
+      if (worker == nullptr) {
+        Fail(*run, NoWorkerError(share.device));
+        break;
+      }
+      command.attempt = run->attempt;
+      command.step = step;
+      command.plan = run->plan->worker->handle;
+      command.version = version_;
+      run->running.insert(share.device);
+      if (transfers) run->writers.insert(share.device);
+      worker->SendStep(command);
+    }
+  }
+  WEIGHTD_RETURN_IF_ERROR(AwaitWorkers(limit));
+  return CheckAnyViable();
+}
+
+Status SyncSession::OnStepDone(const Event& event) {
+  heard_[event.device] = Clock::now();
+  if (event.step == Step::kCheckReplicas && event.attempt == check_attempt_) {
+    check_waiting_.erase(event.device);
+    shard_words_[event.device] = event.shard_words;
+    return event.status;
+  }
+  ReplicaRun* run = FindAttempt(event.attempt);
+  if (run == nullptr || run->running.erase(event.device) == 0) return absl::OkStatus();
+  if (event.step == Step::kTransfer && !event.touched) run->writers.erase(event.device);
+  if (!event.status.ok()) {
+    Fail(*run, event.status);
+    return absl::OkStatus();
+  }
+  auto& sums = event.step == Step::kTransfer ? run->source_digests : run->target_digests;
+  for (const TargetDigests& part : event.digests) {
+    if (Status status = AddDigests(part, sums); !status.ok()) {
+      Fail(*run, WithPeer(std::move(status), WorkerName(event.device)));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Devices whose worker owes an answer that some replica, or the sync, still waits for.
+std::set<std::string> SyncSession::OwingWorkers() const {
+  std::set<std::string> owing = check_waiting_;
+  for (const auto& [plan, device] : plans_waiting_) owing.insert(device);
+  for (const ReplicaRun& run : replicas_) {
+    if (run.viable()) owing.insert(run.running.begin(), run.running.end());
+  }
+  return owing;
+}
+
+// Waits until no worker owes an answer. One that gives no sign of life for `limit` fails the
+// replicas that need it; the others go on.
+Status SyncSession::AwaitWorkers(milliseconds limit) {
+  for (const std::string& device : OwingWorkers()) heard_[device] = Clock::now();
+  while (true) {
+    const std::set<std::string> owing = OwingWorkers();
+    if (owing.empty()) return absl::OkStatus();
+    const std::string& stalest =
+        *std::min_element(owing.begin(), owing.end(),
+                          [this](const auto& a, const auto& b) { return heard_[a] < heard_[b]; });
+    const std::optional<Event> event = mailbox_.Wait(heard_[stalest] + limit);
+    WEIGHTD_RETURN_IF_ERROR(event.has_value()
+                                ? Handle(*event)
+                                : LoseWorker(stalest, DeadlineError(limit, WorkerName(stalest))));
+  }
+}
+
+// The worker will not answer. What it has to do with an attempt is settled by the fence, unless it
+// is dead. Only the comparison of the trainer's own shards concerns all replicas.
+Status SyncSession::LoseWorker(const std::string& device, const Status& error) {
+  std::erase_if(plans_waiting_, [&](const auto& waiting) { return waiting.second == device; });
+  const bool compares = check_waiting_.erase(device) > 0;
+  if (phase_ >= Phase::kCommit) return absl::OkStatus();  // bytes are verified already
+  for (ReplicaRun* run : Viable()) {
+    if (run->plan != nullptr && run->plan->Uses(device)) Fail(*run, error);
+  }
+  return compares ? error : absl::OkStatus();
+}
+
+// Waits until every worker has answered every step that is out. After this nobody writes for these
+// attempts or reads the trainer's memory: each worker that was asked to said so, or is dead.
+void SyncSession::Fence() {
+  for (const std::string& device : check_waiting_) {
+    if (const auto worker = host_.Worker(device)) worker->SendCancel(check_attempt_);
+  }
+  const auto running = [this] {
+    std::set<std::string> devices = check_waiting_;
+    for (const ReplicaRun& run : replicas_) {
+      devices.insert(run.running.begin(), run.running.end());
+    }
+    return devices;
+  };
+  auto deadline = Clock::now() + kFenceLimit;
+  bool killed = false;
+  while (!running().empty()) {
+    const std::optional<Event> event = mailbox_.Wait(deadline);
+    if (event.has_value()) {
+      (void)Handle(*event);
+      continue;
+    }
+    if (killed) break;
+    for (const std::string& device : running()) {
+      const std::shared_ptr<WorkerPort> worker = host_.Worker(device);
+      if (worker == nullptr) continue;  // its loss was reported before
+      worker->Kill("did not stop writing a cancelled attempt");
+      killed = true;
+    }
+    if (!killed) break;
+    deadline = Clock::now() + kFenceLimit;
+  }
+}
+
+// Compares what trainer ranks hold alike: inside its device by each worker, across devices here.
+Status SyncSession::CheckReplicas() {
+  if (Viable().empty()) return absl::OkStatus();
+  const ReplicaPlan& plan = *Viable().front()->plan;
+  StepCommand command;
+  command.attempt = check_attempt_ = host_.NextAttempt();
+  command.step = Step::kCheckReplicas;
+  command.plan = plan.worker->handle;
+  const std::set<std::string> devices(plan.worker->source_devices.begin(),
+                                      plan.worker->source_devices.end());
+  for (const std::string& device : devices) {
+    const std::shared_ptr<WorkerPort> worker = host_.Worker(device);
+    if (worker == nullptr) return NoWorkerError(device);
+    check_waiting_.insert(device);
+    worker->SendStep(command);
+  }
+  WEIGHTD_RETURN_IF_ERROR(AwaitWorkers(host_.options().verify));
+  return devices.size() > 1 ? CompareShardWords() : absl::OkStatus();
+}
+
+}  // namespace weightd

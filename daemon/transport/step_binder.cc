@@ -1,0 +1,113 @@
+#include "daemon/transport/step_binder.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace weightd {
+
+void StepBinder::SetTarget(size_t target) {
+  target_ = &plan_.targets[target];
+  for (const Write& write : target_->layout->writes) {
+    if (!write.zero_fill) tensors_.push_back(write.tensor);
+  }
+  std::sort(tensors_.begin(), tensors_.end());
+  tensors_.erase(std::unique(tensors_.begin(), tensors_.end()), tensors_.end());
+}
+
+Status Transport::CopyParams(const BoundPlan&, size_t, std::span<const Binding>, RunControl&) {
+  return Error(StatusCode::kUnimplemented, reason::kInternal, "report this with the log",
+               "transport {} leaves catch-up to the host", name());
+}
+
+std::string StepBinder::ParamAt(size_t write) const {
+  const RankLayout& layout = *target_->layout;
+  return write < layout.writes.size() ? layout.params[layout.writes[write].param].name : "";
+}
+
+std::string StepBinder::FirstParam(size_t window) const {
+  const RankPlan& plan = *target_->plan;
+  if (window >= plan.windows.size()) return "";
+  return ParamAt(plan.copies[plan.windows[window].begin].write);
+}
+
+void StepBinder::Report(uint32_t windows, uint64_t bytes, const std::string& next) const {
+  if (control_.on_window) control_.on_window(windows, bytes, next);
+}
+
+Status StepBinder::Fail(Status status, const std::string& tensor) const {
+  ErrorFields fields;
+  fields.tensor = tensor;
+  fields.phase = phase_;
+  if (target_ != nullptr) fields.peer = target_->label;
+  return WithFields(std::move(status), fields);
+}
+
+Status StepBinder::Check(const std::string& tensor) const {
+  if (control_.cancelled != nullptr && control_.cancelled->load(std::memory_order_relaxed)) {
+    return Fail(Error(StatusCode::kCancelled, reason::kCancelled, "sync again",
+                      "step was cancelled: next={}", tensor),
+                tensor);
+  }
+  if (Clock::now() > control_.deadline) {
+    return Fail(Error(StatusCode::kDeadlineExceeded, reason::kDeadline,
+                      "raise the phase's deadline or give the worker more cores",
+                      "step ran out of time: next={}", tensor),
+                tensor);
+  }
+  if (control_.check_memory) {
+    if (Status intact = control_.check_memory(); !intact.ok()) return Fail(intact, tensor);
+  }
+  return absl::OkStatus();
+}
+
+Status StepBinder::NoMemory(const std::string& tensor, uint32_t rank) const {
+  return Fail(Error(StatusCode::kFailedPrecondition, reason::kMemoryMoved,
+                    "register the trainer's tensors again",
+                    "shard has no memory: tensor={}, rank={}", tensor, rank),
+              tensor);
+}
+
+StatusOr<BlockItem> StepBinder::Bind(const Write& write, const Box& source,
+                                     const Box& target) const {
+  const ParamInfo& param = target_->layout->params[write.param];
+  const Binding& binding = target_->params[write.param];
+  if (binding.base == nullptr) {
+    return Fail(Error(StatusCode::kFailedPrecondition, reason::kMemoryMoved,
+                      "register the engine's parameters again", "parameter has no memory: param={}",
+                      param.name),
+                param.name);
+  }
+  BlockItem item;
+  item.zero_fill = write.zero_fill;
+  item.param = write.param;
+  const int source_dims = write.zero_fill ? 0 : source.num_dims();
+  item.to = BindTarget(binding, write, target, source_dims, param.dtype);
+  if (write.zero_fill) {
+    item.word = tensors_.size();
+    return item;
+  }
+  item.position = {write.tensor, (*plan_.table)[write.tensor].shape, source.origin};
+  item.word = static_cast<size_t>(std::lower_bound(tensors_.begin(), tensors_.end(), write.tensor) -
+                                  tensors_.begin());
+  return item;
+}
+
+StatusOr<BlockItem> StepBinder::BindWrite(size_t write) const {
+  const Write& whole = target_->layout->writes[write];
+  return Bind(whole, whole.source, whole.target);
+}
+
+StatusOr<BlockItem> StepBinder::BindCopy(const Copy& copy) const {
+  const Write& write = target_->layout->writes[copy.write];
+  WEIGHTD_ASSIGN_OR_RETURN(BlockItem item, Bind(write, copy.source, copy.target));
+  if (write.zero_fill) return item;
+  const Binding& binding = Source(copy.source_rank, write.tensor, copy.shard);
+  if (binding.staged) return item;
+  const TensorInfo& tensor = (*plan_.table)[write.tensor];
+  if (binding.base == nullptr) return NoMemory(tensor.name, copy.source_rank);
+  item.from = BindSource(binding, Held(copy.source_rank, write.tensor, copy.shard), copy.source,
+                         tensor.dtype);
+  return item;
+}
+
+}  // namespace weightd

@@ -1,0 +1,24 @@
+// What a worker of one device is made of: how it maps memory and how it moves bytes.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "daemon/base/status.h"
+#include "daemon/device/segment.h"
+#include "daemon/transport/transport.h"
+
+namespace weightd {
+
+struct DevicePlane {
+  std::shared_ptr<SegmentMapper> mapper;  ///< shared with the member table's options
+  std::unique_ptr<Transport> transport;
+};
+
+/// The plane of a device: "host", "host.N" or the UUID of a GPU. For a GPU this makes its context
+/// in this process. `num_threads` copy on the host; 0: as many as the process may use. \error
+/// UNIMPLEMENTED DEVICE for a GPU if this build has no GPU data plane \error NOT_FOUND DEVICE for
+/// an unknown UUID, and whatever the driver says
+StatusOr<DevicePlane> MakeDevicePlane(const std::string& device, int num_threads);
+
+}  // namespace weightd

@@ -1,0 +1,15 @@
+"""Makes the package and the shared test support importable, here and in the processes of ranks.
+
+With WEIGHTD_INSTALLED set, the installed wheel is tested instead of the source tree.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PATHS = [_ROOT] if "WEIGHTD_INSTALLED" in os.environ else [_ROOT / "client" / "python", _ROOT]
+for _path in _PATHS:
+    if str(_path) not in sys.path:
+        sys.path.insert(0, str(_path))
+os.environ["PYTHONPATH"] = os.pathsep.join(str(_path) for _path in _PATHS)
