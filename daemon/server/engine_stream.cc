@@ -8,6 +8,9 @@
 namespace weightd {
 namespace {
 
+// Most blocks of one rank's trace; more than any layout needs that is not scattered.
+constexpr size_t kMaxTracedWrites = size_t{1} << 22;
+
 class EngineStream;
 
 class Port : public EnginePort {
@@ -137,6 +140,12 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
       WEIGHTD_ASSIGN_OR_RETURN(Write write, FromProto(spec));
       traced_writes_.push_back(write);
     }
+    if (traced_writes_.size() > kMaxTracedWrites) {
+      traced_writes_.clear();
+      return Error(StatusCode::kResourceExhausted, reason::kMessageTooLarge,
+                   "write a rule file for this model", "a trace has more than {} writes",
+                   kMaxTracedWrites);
+    }
     return absl::OkStatus();
   }
 
@@ -176,11 +185,10 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     model.commit_mode = request.commit_mode();
     model.num_ranks = num_ranks_;
     const std::string device = request.device().empty() ? kHostDevice : request.device();
-    model.traced = request.prefer_trace();
     WEIGHTD_ASSIGN_OR_RETURN(
         const std::vector<WorkerEndpoint> endpoints,
         context_.coordinator.RegisterEngine(*session_, device, std::move(model), std::move(params),
-                                            std::move(trace)));
+                                            std::move(trace), request.prefer_trace()));
     v1::EngineEvent event;
     v1::EngineRegistered& registered = *event.mutable_registered();
     *registered.mutable_worker() = ToProto(endpoints.front());

@@ -131,13 +131,13 @@ class Coordinator {
   StatusOr<std::shared_ptr<EngineSession>> JoinEngine(const EngineIdentity& identity,
                                                       std::shared_ptr<EnginePort> port);
   /// The endpoint of the rank's own device first, then those of devices that write into it. `trace`
-  /// may be null. A rule file that describes the model wins over it unless model.traced, which then
-  /// says that the trace is wanted anyway.
+  /// may be null. A rule file that describes the model wins over it unless `prefer_trace`.
   /// \error UNKNOWN_ARCHITECTURE, UNKNOWN_PROFILE, UNKNOWN_DEVICE, CONFIG, DUPLICATE_TENSOR
   StatusOr<std::vector<WorkerEndpoint>> RegisterEngine(EngineSession& session,
                                                        const std::string& device, EngineModel model,
                                                        std::vector<ParamInfo> params,
-                                                       std::shared_ptr<const TracedLayout> trace);
+                                                       std::shared_ptr<const TracedLayout> trace,
+                                                       bool prefer_trace);
   void Quiesced(EngineSession& session, AttemptId attempt, const Status& status);
   void Committed(EngineSession& session, AttemptId attempt, const Status& status,
                  std::vector<std::string> caches_reset);

@@ -187,11 +187,13 @@ StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIde
 
 StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
     EngineSession& session, const std::string& device, EngineModel model,
-    std::vector<ParamInfo> params, std::shared_ptr<const TracedLayout> trace) {
+    std::vector<ParamInfo> params, std::shared_ptr<const TracedLayout> trace, bool prefer_trace) {
   const Status found = loaders_->CheckProfile(model.architecture, model.profile, params);
-  if (trace == nullptr) WEIGHTD_RETURN_IF_ERROR(found);
-  model.traced = trace != nullptr && (model.traced || !found.ok());
-  if (!model.traced) trace = nullptr;
+  model.traced = trace != nullptr && (prefer_trace || !found.ok());
+  if (!model.traced) {
+    WEIGHTD_RETURN_IF_ERROR(found);
+    trace = nullptr;
+  }
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(params, "parameter"));
   if (!model.commit_mode.empty() && model.commit_mode != "in_place") {
     return Error(StatusCode::kInvalidArgument, reason::kConfig, "use commit_mode \"in_place\"",
@@ -223,6 +225,7 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
     rank->dirty = identity.dirty;
     WEIGHTD_RETURN_IF_ERROR(
         session.room->model.SetEngine(*session.replica, model, std::move(rank)));
+    if (model.traced) session.replica->loader = kTracedOrigin;
     for (const std::string& writer : TrainerDevices(*session.room)) {
       if (info.lent.contains(writer) || !ChoosePath({writer}, {device}).ok()) continue;
       endpoints.push_back(Announce(session.member, info, writer));

@@ -208,7 +208,9 @@ class Recorder(TorchDispatchMode):
             self.fill(target, Opaque("constant", f"fill with {number}"))
 
     def read_out(self, tensor: torch.Tensor) -> float:
-        """A Python number that stands for the element."""
+        """A Python number that stands for an element of a source; of nothing else there is one."""
+        if any(isinstance(piece.value, Opaque) for piece in self._held(tensor)):
+            raise self.refusal("reading a value", self._names(tensor))
         self._tokens.append(tensor)
         return len(self._tokens) * _TOKEN
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, Union
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 import torch
 
@@ -36,6 +36,7 @@ def trace_loader(
     load_weights: LoadWeights,
     params: Union[Mapping[str, Any], Iterable[tuple[str, Any]]],
     sources: Iterable[tuple[str, Union[torch.Tensor, Shape]]],
+    module: Optional[torch.nn.Module] = None,
 ) -> TracedLayout:
     """Runs an engine's loader on tagged tensors and returns where it puts every element.
 
@@ -48,6 +49,8 @@ def trace_loader(
             and shape are traced as the first of them.
         sources: names and shapes of the trainer's tensors, or tensors with these shapes (``meta``
             is enough; their dtype is taken, float32 otherwise, which shows every rounding).
+        module: the engine's, whose parameters are put back should the loader replace them; None:
+            the owner of ``load_weights``, if it is a module.
 
     Returns:
         The layout: its blocks cover every parameter exactly once.
@@ -60,8 +63,8 @@ def trace_loader(
     pairs = _distinct(named_pairs(params))
     recorder = Recorder(pairs)
     fed: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-    module = getattr(load_weights, "__self__", None)
-    before = _parameter_dicts(module)
+    owner = getattr(load_weights, "__self__", None) if module is None else module
+    before = _parameter_dicts(owner)
     try:
         with torch.no_grad(), recorder:
             load_weights(_feed(recorder, sources, fed))
@@ -224,7 +227,9 @@ def _restore(before: list[tuple[str, dict, dict]]) -> str:
     return first
 
 
-def _layout(recorder: Recorder, pairs: Sequence[tuple[str, torch.Tensor]], fed: list) -> TracedLayout:
+def _layout(
+    recorder: Recorder, pairs: Sequence[tuple[str, torch.Tensor]], fed: list
+) -> TracedLayout:
     """Turns what the recorder saw into a layout, or says what it cannot be."""
     writes: list[TracedWrite] = []
     used: set[int] = set()

@@ -5,6 +5,7 @@ Needs transformers. Models are built on the ``meta`` device: no memory, no weigh
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Iterable, Iterator
 
 import torch
@@ -57,17 +58,17 @@ def trace_model(load_weights: LoadWeights, params: Any, model: torch.nn.Module) 
             if the checkpoint's are refused as well.
     """
     params, sources = named_pairs(params), module_sources(model)
-    try:
-        return trace_loader(load_weights, params, sources)
-    except Error as refusal:
-        if refusal.reason not in ("LOADER_REFUSED", "UNCOVERED_PARAMETER"):
-            raise
+    module = getattr(load_weights, "__self__", None)
+    loaders = [load_weights, saved_first(load_weights, model), turned_first(load_weights, model)]
+    refusals: list[Error] = []
+    for loader in loaders:
         try:
-            return trace_loader(saved_first(load_weights, model), params, sources)
-        except Error as second:
-            if second.reason == "LOADER_REFUSED":
-                raise refusal from second
-            raise
+            return trace_loader(loader, params, sources, module)
+        except Error as refusal:
+            if refusal.reason not in ("LOADER_REFUSED", "UNCOVERED_PARAMETER"):
+                raise
+            refusals.append(refusal)
+    raise refusals[0] from refusals[1]
 
 
 def saved_first(load_weights: LoadWeights, model: torch.nn.Module) -> LoadWeights:
@@ -83,3 +84,29 @@ def saved_first(load_weights: LoadWeights, model: torch.nn.Module) -> LoadWeight
         yield from revert_weight_conversion(model, dict(pairs)).items()
 
     return lambda pairs: load_weights(convert(pairs))
+
+
+def turned_first(load_weights: LoadWeights, model: torch.nn.Module) -> LoadWeights:
+    """As `saved_first`, for checkpoints whose tensors transformers transposes when it loads them.
+
+    It does so by comparing shapes, and therefore does not turn them back when it saves a model in
+    which they have the right shape; a loader of such checkpoints wants them turned back.
+
+    Args:
+        load_weights: takes the names of checkpoints.
+        model: the Hugging Face model.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
+    twin = copy.copy(model)
+    twin._weight_conversions = [  # type: ignore[assignment]
+        conversion
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(conversion, PrefixChange)
+    ]
+    for conversion in twin._weight_conversions:
+        for operation in conversion.operations if isinstance(conversion, WeightConverter) else ():
+            if hasattr(operation, "check_dims"):
+                operation.check_dims = False
+    return saved_first(load_weights, twin)

@@ -179,6 +179,30 @@ TEST_CASE("what the daemon refuses is the error of the registration") {
   CHECK(Field(error, "reason") == "UNKNOWN_ARCHITECTURE");
 }
 
+TEST_CASE("a registration in the background takes the place of one that was refused") {
+  Rig rig;
+  rig.daemon->engine.on_request = [&rig, seen = 0](const v1::EngineRequest& request) mutable {
+    v1::EngineEvent event;
+    if (request.has_hello()) event.mutable_welcome()->mutable_protocol()->set_major(1);
+    if (request.has_register_() && ++seen == 1) {
+      event.mutable_error()->mutable_detail()->set_code(5);
+      event.mutable_error()->mutable_detail()->set_reason("UNKNOWN_ARCHITECTURE");
+    } else if (request.has_register_()) {
+      *event.mutable_registered()->mutable_worker() = rig.worker.Endpoint();
+    }
+    if (event.event_case() != v1::EngineEvent::EVENT_NOT_SET) rig.daemon->engine.Send(event);
+  };
+  rig.daemon->Start();
+  const EnginePtr engine = rig.Open(true, -1);
+  REQUIRE(rig.TryRegister(engine) == nullptr);
+  AwaitState(engine, [](const json& s) {
+    return s["error"].is_object() && s["error"]["reason"] == "UNKNOWN_ARCHITECTURE";
+  });
+  REQUIRE(rig.TryRegister(engine) == nullptr);
+  CHECK(TakeJson(weightd_engine_state(engine.get()))["error"].is_null());
+  AwaitState(engine, [](const json& s) { return s["registered"] == true; });
+}
+
 TEST_CASE("closing tells the daemon that the engine leaves") {
   EngineRig rig;
   EnginePtr engine = rig.Registered(true);
