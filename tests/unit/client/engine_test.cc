@@ -180,7 +180,7 @@ TEST_CASE("what the daemon refuses is the error of the registration") {
 }
 
 TEST_CASE("a registration in the background takes the place of one that was refused") {
-  Rig rig;
+  EngineRig rig;
   rig.daemon->engine.on_request = [&rig, seen = 0](const v1::EngineRequest& request) mutable {
     v1::EngineEvent event;
     if (request.has_hello()) event.mutable_welcome()->mutable_protocol()->set_major(1);
