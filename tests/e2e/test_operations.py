@@ -241,7 +241,7 @@ def test_sync_in_progress_shows_phase_bytes_and_rate(cluster: Cluster, tmp_path:
         assert running.result() == ""
     assert sync["phase"] == "PHASE_TRANSFER" and sync["version"] == "7"
     assert 0 < int(sync["bytes_done"]) < int(sync["bytes_total"])
-    assert sync["bytes_per_second"] > 0 and sync["waiting_for"] == "worker"
+    assert sync["bytes_per_second"] > 0 and sync["waiting_for"] == "worker host"
     assert re.search(r"transfer.*KiB.*/s", text), text
     assert "sync" not in _json(cluster, "status")["models"][0]
 

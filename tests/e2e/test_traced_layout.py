@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.support.cluster import Cluster, EngineProcess, missing_binaries
+from tests.support.cluster import Cluster, EngineCaller, EngineProcess, missing_binaries
 from tests.support.gloo import run_ranks
 from tests.support.toy_engine import ToyModel
 from weightd import Actor, errors
@@ -54,7 +54,7 @@ def _train(
     rank: int,
     address: str,
     model_key: str,
-    process: Optional[EngineProcess],
+    process: Optional[EngineCaller],
     keys: list[str],
     folder: Path,
 ) -> list[str]:
@@ -97,7 +97,7 @@ def test_engines_hold_what_their_own_loader_produces(
     keys = _open(process, "traced")
     try:
         problems = run_ranks(
-            4, _train, cluster.address, "traced", process, keys, cluster.folder
+            4, _train, cluster.address, "traced", process.caller, keys, cluster.folder
         )
     except AssertionError as error:
         pytest.fail(f"{error}\n{cluster.logs()}")
