@@ -32,6 +32,7 @@ from weightd.vllm import guard
 from weightd.vllm.convert import Parameters
 from weightd.vllm.model_facts import check_supported, coordinates, parameters_of, profile
 from weightd.vllm.settings import Settings, settings_of
+from weightd.vllm.shadow import traced_layout
 
 logger = logging.getLogger("vllm.weightd")
 
@@ -39,6 +40,8 @@ _SLICE_SECONDS = 0.1
 _LOST_SECONDS = 3.0
 # google.rpc codes of a registration that will be refused again, whatever is waited for
 _FINAL_CODES = (3, 5, 12)
+_NO_RULE_FILE = ("UNKNOWN_ARCHITECTURE", "UNKNOWN_PROFILE")
+_TRIES = 3
 
 
 @dataclass
@@ -99,6 +102,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         self._torn = ""
         self.parameters: Parameters = parameters_of(model)
         self._log_parameters()
+        asked = self._settings.layout == "trace"
         self.rank = EngineRank(
             self._settings.address,
             model=self._settings.model,
@@ -108,6 +112,8 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             params=self.parameters.pairs,
             kinds=self.parameters.kinds,
             profile=profile(),
+            layout=traced_layout(vllm_config) if asked else None,
+            prefer_layout=asked,
             quiesce=self._quiesce,
             commit=self._commit,
             connect_timeout=-1.0,
@@ -162,8 +168,8 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
 
     def _start(self) -> None:
         """Waits, before vLLM serves, for the registration to be taken and for a catch-up."""
-        begin = time.monotonic()
-        self._run(_Session(starting=True), begin)
+        self._run(_Session(starting=True))
+        self._trace_if_needed()
         self._agree()
         state = self.rank.state
         if state["registered"]:
@@ -176,9 +182,28 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
                 "weightd: not registered yet, goes on in the background: %s", _error_text(state)
             )
 
-    def _run(self, session: _Session, begin: Optional[float] = None) -> None:
+    def _trace_if_needed(self) -> None:
+        """Registers again with a trace of vLLM's own loader if no rule file describes the model.
+
+        Raises:
+            errors.LayoutError: the loader cannot be traced; vLLM's start fails.
+        """
+        if self._settings.layout != "auto" or _reason(self.rank.state) not in _NO_RULE_FILE:
+            return
+        try:
+            layout = traced_layout(self.vllm_config)
+        except Error:
+            self.rank.close()
+            raise
+        self.rank.register_layout(layout)
+        for _ in range(_TRIES):  # the refusal of an earlier try may still be on its way
+            self._run(_Session(starting=True))
+            if _reason(self.rank.state) not in _NO_RULE_FILE:
+                break
+
+    def _run(self, session: _Session) -> None:
         """Keeps the parameters quiet until the session is over; converts when asked to."""
-        begin = time.monotonic() if begin is None else begin
+        begin = time.monotonic()
         with self._cv:
             self._session = session
             self._cv.notify_all()
@@ -354,6 +379,10 @@ def _summary(settings: Settings, state: dict[str, Any]) -> str:
 
 def _code(state: dict[str, Any]) -> int:
     return state["error"]["code"] if state["error"] else 0
+
+
+def _reason(state: dict[str, Any]) -> str:
+    return state["error"]["reason"] if state["error"] else ""
 
 
 def _error_text(state: dict[str, Any]) -> str:
