@@ -130,7 +130,7 @@ def _open(cluster: Cluster, name: str = "vllm") -> EngineProcess:
             path=str(path),
             dtype="bfloat16",
             tensor_parallel_size=TP_SIZE,
-            weightd={"model": MODEL, "engine": "e0", "quiesce_timeout": 3},
+            weightd={"model": MODEL, "engine": "e0", "quiesce_timeout": 6},
         )
     except BaseException:
         engine.close()

@@ -14,6 +14,7 @@ from weightd.errors import FAILED_PRECONDITION, EngineError
 from weightd.vllm.post_load import (
     LoadRecord,
     ModuleChange,
+    TensorMark,
     full_name,
     is_deferred_attention,
     own_parameters,
@@ -108,7 +109,7 @@ class Parameters:
         import torch
 
         buffers: dict[str, Any] = {}
-        by_address: dict[int, Any] = {}  # tied parameters share one
+        by_mark: dict[TensorMark, Any] = {}  # tied parameters share one
         for derived in self._derived:
             change = derived.change
             module = change.module
@@ -123,12 +124,12 @@ class Parameters:
                 if attribute in change.kept:
                     continue
                 _check_repeatable(module, name, attribute)
-                buffer = by_address.get(mark.address)
+                buffer = by_mark.get(mark)
                 if buffer is None:
                     buffer = torch.empty_strided(
                         mark.shape, mark.stride, dtype=mark.dtype, device=mark.device
                     )
-                    by_address[mark.address] = buffer
+                    by_mark[mark] = buffer
                 derived.staged[attribute] = buffers[name] = buffer
         return buffers
 
