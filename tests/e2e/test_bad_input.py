@@ -340,15 +340,10 @@ def test_names_of_another_profile_are_refused_with_the_one_that_fits(
     cluster: Cluster, model: str
 ) -> None:
     name = "model.layers.0.self_attn.fused_qkv_a_proj.weight"
+    options = {"architecture": "DeepseekV2ForCausalLM", "profile": "vllm-0.6.3", "config": {}}
     with pytest.raises(errors.LayoutError) as caught:
         EngineRank(
-            cluster.address,
-            model=model,
-            engine="e0",
-            architecture="DeepseekV2ForCausalLM",
-            config={"model_type": "deepseek_v2"},
-            params={name: torch.zeros(4)},
-            profile="vllm-0.6.3",
+            cluster.address, model=model, engine="e0", params={name: torch.zeros(4)}, **options
         )
     assert (caught.value.reason, caught.value.tensor) == ("UNKNOWN_PROFILE", name)
     assert "vllm-0.32" in caught.value.remedy
