@@ -107,15 +107,18 @@ StatusOr<std::shared_ptr<const Loader>> LoaderRegistry::Find(std::string_view ar
   }
   if (!profiles.empty()) {
     return Error(StatusCode::kNotFound, reason::kUnknownProfile,
-                 "use an engine version that a loader describes, or add a rule file for it",
+                 "use an engine version that a loader describes, add a rule file for it, or trace "
+                 "the engine's loader",
                  "no loader describes {} for engine profile {}; known profiles: {}", architecture,
                  profile, fmt::join(profiles, ", "));
   }
   const std::vector<std::string> known(architectures.begin(), architectures.end());
-  return Error(StatusCode::kNotFound, reason::kUnknownArchitecture,
-               "add a rule file (loaders/README.md says how) or correct the name",
-               "no loader describes architecture {}; nearest: {}; known: {}", architecture,
-               fmt::join(NearestNames(architecture, known, 3), ", "), fmt::join(known, ", "));
+  return Error(
+      StatusCode::kNotFound, reason::kUnknownArchitecture,
+      "add a rule file (loaders/README.md says how), trace the engine's loader, or correct "
+      "the name",
+      "no loader describes architecture {}; nearest: {}; known: {}", architecture,
+      fmt::join(NearestNames(architecture, known, 3), ", "), fmt::join(known, ", "));
 }
 
 Status LoaderRegistry::CheckProfile(std::string_view architecture, std::string_view profile,

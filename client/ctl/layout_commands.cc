@@ -2,6 +2,7 @@
 
 #include "client/ctl/pure/case_export.h"
 #include "client/ctl/pure/loader_commands.h"
+#include "client/ctl/pure/trace_check.h"
 
 namespace weightd::ctl {
 namespace {
@@ -27,8 +28,10 @@ ExitCode RunLoaderList(const GlobalOptions& global, const std::string& loaders_d
   return PrintOr(ListLoaders(**registry, global.format == Format::kJson));
 }
 
-ExitCode RunLoaderCheck(const GlobalOptions& global, const std::string& path) {
-  const auto check = CheckLoaders(path, global.format == Format::kJson);
+ExitCode RunLoaderCheck(const GlobalOptions& global, const std::string& path,
+                        const std::string& trace) {
+  const bool json = global.format == Format::kJson;
+  const auto check = trace.empty() ? CheckLoaders(path, json) : CheckTrace(path, trace, json);
   if (!check.ok()) return Fail(check.status(), global.format);
   if (!Print(check->output)) return ExitCode::kFailure;
   return check->passed ? ExitCode::kOk : ExitCode::kFailure;

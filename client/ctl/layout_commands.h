@@ -15,7 +15,9 @@ ExitCode RunPlanExport(const GlobalOptions& global, const std::string& file,
 /// Prints the model families that are known.
 ExitCode RunLoaderList(const GlobalOptions& global, const std::string& loaders_dir);
 
-/// Checks a rule file, or all of a directory; fails if one is malformed.
-ExitCode RunLoaderCheck(const GlobalOptions& global, const std::string& path);
+/// Checks a rule file, or all of a directory; fails if one is malformed. With a trace file: fails
+/// if the rules place an element elsewhere than tracing found.
+ExitCode RunLoaderCheck(const GlobalOptions& global, const std::string& path,
+                        const std::string& trace);
 
 }  // namespace weightd::ctl

@@ -21,6 +21,7 @@ struct CommandLine {
   std::string engine;
   std::string case_file;
   std::string rule_path;
+  std::string trace_file;
   std::string loaders_dir;
   std::string color = "auto";
   double timeout_s = 5;
@@ -113,10 +114,13 @@ void AddLoaderCommands(CLI::App* app, CommandLine* line) {
       AddCommand(loader, line, "list", "the model families that this build knows",
                  [](const CommandLine& l) { return RunLoaderList(l.global, l.loaders_dir); }),
       line);
-  AddCommand(loader, line, "check", "whether rule files are well-formed",
-             [](const CommandLine& l) { return RunLoaderCheck(l.global, l.rule_path); })
-      ->add_option("PATH", line->rule_path, "a rule file, or a directory of *.rules files")
+  CLI::App* check = AddCommand(
+      loader, line, "check", "whether rule files are well-formed, or say what tracing found",
+      [](const CommandLine& l) { return RunLoaderCheck(l.global, l.rule_path, l.trace_file); });
+  check->add_option("PATH", line->rule_path, "a rule file, or a directory of *.rules files")
       ->required();
+  check->add_option("--trace", line->trace_file,
+                    "compare with this trace of the engine's own loader, element by element");
 }
 
 void AddPushCommand(CLI::App* app, CommandLine* line) {

@@ -39,7 +39,7 @@ void OnBusError(int) {
   ::_exit(static_cast<int>(ExitCode::kFailure));
 }
 
-void InstallSignals(const std::string& directory, Format format) {
+void CatchTruncation(const std::string& directory, Format format) {
   const Status truncated = Error(StatusCode::kAborted, reason::kCheckpoint,
                                  "push the directory again when nobody writes to it; engines may "
                                  "be POISONED until then",
@@ -51,6 +51,10 @@ void InstallSignals(const std::string& directory, Format format) {
   struct sigaction bus {};
   bus.sa_handler = OnBusError;
   ::sigaction(SIGBUS, &bus, nullptr);
+}
+
+// Ctrl-C cancels the sync; a second one takes its usual effect.
+void CatchInterrupts() {
   struct sigaction interrupt {};
   interrupt.sa_handler = [](int) { interrupted = 1; };
   interrupt.sa_flags = static_cast<int>(SA_RESETHAND);
@@ -189,6 +193,7 @@ ExitCode ReportFailure(const Status& status, const Json& result, const GlobalOpt
 }  // namespace
 
 ExitCode RunPush(const GlobalOptions& global, const PushOptions& push) {
+  CatchTruncation(push.directory, global.format);
   const auto checkpoint = Checkpoint::Open(push.directory);
   if (!checkpoint.ok()) return Fail(checkpoint.status(), global.format);
   AdminClient admin(global.address, global.timeout);
@@ -199,7 +204,7 @@ ExitCode RunPush(const GlobalOptions& global, const PushOptions& push) {
     const bool usage = target.status().code() == StatusCode::kInvalidArgument;
     return Fail(target.status(), usage ? ExitCode::kUsage : ExitCode::kFailure, global.format);
   }
-  InstallSignals(push.directory, global.format);
+  CatchInterrupts();
   const auto start = std::chrono::steady_clock::now();
   const auto actor = OpenActor(global, target->model);
   if (!actor.ok()) return Fail(actor.status(), global.format);

@@ -243,7 +243,13 @@ weightd_error* weightd_engine_open(const weightd_engine_options* options, weight
 weightd_error* weightd_engine_register(weightd_engine* engine, const weightd_param* params,
                                        size_t num_params) {
   if (!engine->session->usable()) return ToError(weightd::Forked());
-  return ToError(engine->session->Register({params, num_params}));
+  return ToError(engine->session->Register({params, num_params}, nullptr));
+}
+
+weightd_error* weightd_engine_register_traced(weightd_engine* engine, const weightd_param* params,
+                                              size_t num_params, const weightd_trace* trace) {
+  if (!engine->session->usable()) return ToError(weightd::Forked());
+  return ToError(engine->session->Register({params, num_params}, trace));
 }
 
 char* weightd_engine_state(weightd_engine* engine) {

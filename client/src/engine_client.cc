@@ -25,9 +25,15 @@ std::string EngineClient::label() const {
   return fmt::format("engine {} tp {}", identity_.engine, identity_.coordinates.tp_rank);
 }
 
-Status EngineClient::Register(std::span<const weightd_param> params) {
+Status EngineClient::Register(std::span<const weightd_param> params, const weightd_trace* trace) {
   auto read = ReadParams(params);
   if (!read.ok()) return WithRank(read.status(), label());
+  if (trace != nullptr) {
+    auto traced = ReadTrace(*trace, read->params);
+    if (!traced.ok()) return WithRank(traced.status(), label());
+    read->trace = *std::move(traced);
+    read->prefer_trace = trace->preferred != 0;
+  }
   auto registration = std::make_shared<const EngineRegistration>(*std::move(read));
   return RegisterAndWait([this, registration] { registration_ = registration; });
 }
@@ -111,7 +117,18 @@ std::vector<EngineClient::Request> EngineClient::Registration() {
   for (v1::ParamsPage& page : ParamsPages(registration_->params)) {
     *requests.emplace_back().mutable_params() = std::move(page);
   }
+  const TracedLayout* trace = registration_->trace.get();
+  if (trace != nullptr) {
+    for (v1::TracePage& page : TracePages(*trace)) {
+      *requests.emplace_back().mutable_trace() = std::move(page);
+    }
+  }
   v1::EngineRegister* last = requests.emplace_back().mutable_register_();
+  if (trace != nullptr) {
+    last->set_num_traced_sources(static_cast<uint32_t>(trace->sources().size()));
+    last->set_num_traced_writes(trace->writes().size());
+    last->set_prefer_trace(registration_->prefer_trace);
+  }
   last->set_architecture(identity_.architecture);
   last->set_profile(identity_.profile);
   last->set_config_json(identity_.config_json);

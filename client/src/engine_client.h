@@ -38,7 +38,8 @@ class EngineClient final : public Session<EngineProtocol> {
 
   EngineClient(SessionSettings settings, Identity identity);
 
-  Status Register(std::span<const weightd_param> params);
+  /// `trace` may be nullptr.
+  Status Register(std::span<const weightd_param> params, const weightd_trace* trace);
   std::string StateJson() const;
   /// The number of changes so far, as soon as it differs from `since` or after the timeout.
   uint64_t Wait(uint64_t since, int timeout_ms);

@@ -92,6 +92,21 @@ std::vector<v1::ParamsPage> ParamsPages(const std::vector<ParamInfo>& params) {
   return pager.Take();
 }
 
+std::vector<v1::TracePage> TracePages(const TracedLayout& trace) {
+  Pager<v1::TracePage> pager;
+  for (const TracedSource& source : trace.sources()) {
+    v1::TracedSource item;
+    item.set_name(source.name);
+    for (int64_t size : source.shape) item.add_shape(size);
+    *pager.For(item.ByteSizeLong() + kIndexBytes).add_sources() = std::move(item);
+  }
+  for (const Write& write : trace.writes()) {
+    v1::WriteSpec spec = ToProto(write);
+    *pager.For(spec.ByteSizeLong() + kIndexBytes).add_writes() = std::move(spec);
+  }
+  return pager.Take();
+}
+
 std::vector<v1::BindMemory> ActorBindings(const ActorRegistration& registration) {
   Pager<v1::BindMemory> pager;
   const RankShards& shards = registration.shards;

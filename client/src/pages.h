@@ -21,6 +21,9 @@ std::vector<v1::TensorTablePage> TablePages(const TensorTable& table);
 
 std::vector<v1::ParamsPage> ParamsPages(const std::vector<ParamInfo>& params);
 
+/// Sources, then writes.
+std::vector<v1::TracePage> TracePages(const TracedLayout& trace);
+
 /// Where the shards of an actor lie: one binding per non-empty box.
 std::vector<v1::BindMemory> ActorBindings(const ActorRegistration& registration);
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -13,6 +14,7 @@
 #include "client/src/segments.h"
 #include "daemon/base/status.h"
 #include "daemon/layout/tensor_layout.h"
+#include "daemon/layout/traced_layout.h"
 
 namespace weightd {
 
@@ -49,9 +51,16 @@ struct EngineRegistration {
   std::vector<ParamInfo> params;
   std::vector<Placement> memory;  ///< without a segment for opaque, aliased and empty parameters
   SegmentSet segments;
+  std::shared_ptr<const TracedLayout> trace;  ///< nullptr: a rule file must describe the model
+  bool prefer_trace = false;
 };
 
 /// \error as ReadTensors; INVALID_ARGUMENT UNKNOWN_TENSOR if alias_of names no parameter
 StatusOr<EngineRegistration> ReadParams(std::span<const weightd_param> params);
+
+/// Reads a trace of a rank that registers `params`.
+/// \error INVALID_ARGUMENT SHAPE / DUPLICATE_TENSOR / PROTOCOL naming the tensor or parameter
+StatusOr<std::shared_ptr<const TracedLayout>> ReadTrace(const weightd_trace& trace,
+                                                        std::span<const ParamInfo> params);
 
 }  // namespace weightd

@@ -55,7 +55,11 @@ void Session<Protocol>::Close() {
 template <typename Protocol>
 Status Session<Protocol>::RegisterAndWait(std::function<void()> install) {
   uint64_t mine = 0;
-  Publish([&mine](View& view) { mine = ++view.wanted; });
+  Publish([&mine](View& view) {
+    mine = ++view.wanted;
+    const bool refusal = view.last_error.code() != StatusCode::kUnavailable;
+    if (refusal) view.last_error = absl::OkStatus();  // of the registration before
+  });
   Post([this, install = std::move(install)] {
     install();
     lent_ = Lent::kWanted;

@@ -120,7 +120,7 @@ Status WithPeer(Status status, std::string_view peer);
       return weightd_status;                                  \
     }                                                         \
   } while (false)
-
+// NOLINTBEGIN(bugprone-macro-parentheses): the arguments are a name and a declaration.
 /// Declares or assigns `lhs` from a StatusOr, or returns its error.
 #define WEIGHTD_ASSIGN_OR_RETURN(lhs, expr) \
   WEIGHTD_ASSIGN_OR_RETURN_IMPL(WEIGHTD_CONCAT(weightd_or_, __LINE__), lhs, expr)
@@ -128,7 +128,7 @@ Status WithPeer(Status status, std::string_view peer);
   auto tmp = (expr);                                  \
   if (!tmp.ok()) return std::move(tmp).status();      \
   lhs = *std::move(tmp)
-
+// NOLINTEND(bugprone-macro-parentheses)
 /// Aborts on a broken invariant of our own; never on input.
 #define WEIGHTD_CHECK(condition)                                              \
   do {                                                                        \

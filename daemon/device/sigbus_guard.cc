@@ -43,6 +43,7 @@ void Handle(int signal, siginfo_t* info, void* context) {
   Entry* entry = Find(reinterpret_cast<uintptr_t>(info->si_addr));
   if (entry != nullptr) {
     const uintptr_t begin = entry->begin.load();
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): a number, so that a signal handler may read it
     void* zeros = mmap(reinterpret_cast<void*>(begin), entry->end.load() - begin,
                        PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     if (zeros != MAP_FAILED) {

@@ -272,6 +272,7 @@ class BoundLoaderImpl::Rank {
                 rules_.file->origin),
           param);
     }
+    if (missing.empty()) return Skipped(param);
     const size_t more = missing.size() > 3 ? missing.size() - 3 : 0;
     if (more > 0) missing.resize(3);
     return NameTensor(
@@ -279,7 +280,18 @@ class BoundLoaderImpl::Rank {
               "register these tensors with the trainer",
               "the trainer lacks tensors that engine parameter {} is made of: {}{}", param,
               fmt::join(missing, ", "), more > 0 ? fmt::format(" and {} more", more) : ""),
-        missing.empty() ? param : missing.front());
+        missing.front());
+  }
+
+  // The trainer has all sources of `param`, but rules that skip took them.
+  Status Skipped(const std::string& param) const {
+    return NameTensor(
+        Error(StatusCode::kInvalidArgument, reason::kUncoveredParameter,
+              "give the config with which the engine made the parameter (bias, tied head), or "
+              "correct the rules that skip",
+              "rules of loader {} ({}) skip every tensor that this parameter is made of",
+              rules_.file->name, rules_.file->origin),
+        param);
   }
 
   bool Holds(const Rule& rule, const std::string& source) const {

@@ -290,7 +290,8 @@ class Lowering {
     }
     write.source.origin = write.source.extent = Dims::Filled(dims(), 0);
     for (int i = 0; i < dims(); ++i) {
-      write.source_dim[static_cast<size_t>(i + shift)] = static_cast<int8_t>(order_[i]);
+      write.source_dim[static_cast<size_t>(i) + static_cast<size_t>(shift)] =
+          static_cast<int8_t>(order_[i]);
       write.target.origin.push_back(0);
       write.target.extent.push_back(0);
     }

@@ -16,7 +16,7 @@ std::string Describe(const ParamInfo& param) {
                      Name(param.dtype));
 }
 
-Status Refuse(const char* reason, const ParamInfo& param, std::string message,
+Status Refuse(const char* reason, const ParamInfo& param, const std::string& message,
               std::string_view remedy = kRuleRemedy) {
   return MakeError(StatusCode::kInvalidArgument, message,
                    {.reason = reason, .tensor = param.name, .remedy = std::string(remedy)});

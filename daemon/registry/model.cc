@@ -67,7 +67,7 @@ void Model::SetActor(ActorGroup& group, std::shared_ptr<const ActorRank> rank) {
   const auto index = static_cast<size_t>(rank->rank);
   group.ranks[index] = std::move(rank);
   group.lost[index] = false;
-  group.generation = ++last_generation_;
+  group.generation = NextGeneration();
   if (!group.complete()) return;
   for (const auto& other : groups_) {
     if (other.get() != &group && other->order <= group.order) other->superseded = true;
@@ -79,7 +79,7 @@ void Model::LeaveGroup(const std::shared_ptr<ActorGroup>& group, int rank) {
   group->lost[index] = group->ranks[index] != nullptr;
   group->ranks[index] = nullptr;
   group->joined[index] = false;
-  group->generation = ++last_generation_;
+  group->generation = NextGeneration();
   const bool anyone =
       std::find(group->joined.begin(), group->joined.end(), true) != group->joined.end();
   if (!anyone) std::erase(groups_, group);
@@ -122,10 +122,17 @@ Status Model::SetEngine(Replica& replica, const EngineModel& model,
                  rank->label, model.architecture, model.profile, model.num_ranks,
                  known.architecture, known.profile, known.num_ranks);
   }
-  replica.model = model;
   const std::pair key(rank->coordinates.pp_rank, rank->coordinates.tp_rank);
+  const bool only = replica.ranks.size() == 1 && replica.ranks.contains(key);
+  if (!replica.ranks.empty() && !only && known.traced != model.traced) {
+    return Error(StatusCode::kInvalidArgument, reason::kConfig,
+                 "give every rank of the engine a trace, or none",
+                 "ranks of one engine disagree: {} is {}, others are {}", rank->label,
+                 model.traced ? "traced" : "not traced", known.traced ? "traced" : "not");
+  }
+  replica.model = model;
   replica.ranks[key] = std::move(rank);
-  replica.generation = ++last_generation_;
+  replica.generation = NextGeneration();
   if (replica.complete()) Settle(replica);
   return absl::OkStatus();
 }
@@ -159,7 +166,7 @@ void Model::LeaveReplica(const std::shared_ptr<Replica>& replica, std::pair<int,
   if (replica->ranks.erase(coordinates) > 0) {
     replica->error = cause;
     replica->version = 0;
-    replica->generation = ++last_generation_;
+    replica->generation = NextGeneration();
     WEIGHTD_CHECK(replica->Apply(ReplicaEvent::kRankLost).ok());
   }
   if (replica->joined.empty() && cause.ok()) std::erase(replicas_, replica);

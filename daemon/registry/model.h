@@ -12,6 +12,7 @@
 #include "daemon/base/ids.h"
 #include "daemon/base/status.h"
 #include "daemon/layout/tensor_layout.h"
+#include "daemon/layout/traced_layout.h"
 #include "daemon/registry/replica_state.h"
 #include "daemon/registry/version_ledger.h"
 
@@ -38,7 +39,7 @@ struct ActorGroup {
   std::vector<std::shared_ptr<const ActorRank>> ranks;  ///< nullptr: not registered
   std::vector<bool> joined;  ///< a live session has said hello for this rank
   std::vector<bool> lost;    ///< was registered and died
-  uint64_t generation = 0;  ///< changes with every registration and loss; of one model, none recurs
+  uint64_t generation = 0;   ///< another one after every registration and loss, never reused
   bool superseded = false;
 
   int registered() const;
@@ -53,6 +54,7 @@ struct EngineRank {
   std::string process;
   std::string device;  ///< of its memory
   std::vector<ParamInfo> params;
+  std::shared_ptr<const TracedLayout> traced;  ///< set: takes the place of a rule file
   uint64_t held_version = 0;
   bool dirty = false;
 };
@@ -64,6 +66,7 @@ struct EngineModel {
   std::string config_json;
   std::string commit_mode;
   int num_ranks = 1;
+  bool traced = false;  ///< every rank registered a trace, which describes the layout
 };
 
 /// All ranks of one engine instance with one dp rank: the unit of commit.
@@ -77,8 +80,8 @@ struct Replica {
   ReplicaState before = ReplicaState::kGone;  ///< when the running attempt began
   uint64_t version = 0;                       ///< 0: none
   Status error;                               ///< why it is not ready, if something went wrong
-  std::string loader;                         ///< the rule file that describes it, once known
-  uint64_t generation = 0;                    ///< as ActorGroup's
+  std::string loader;                         ///< what describes it, once known
+  uint64_t generation = 0;                    ///< as of a group
 
   bool complete() const { return static_cast<int>(ranks.size()) == model.num_ranks; }
   std::string label() const { return fmt::format("engine {} dp {}", engine, dp_rank); }
@@ -113,7 +116,7 @@ class Model {
 
   /// Stores a registration; when it completes the replica, its state follows from what the ranks
   /// hold. \error INVALID_ARGUMENT CONFIG if the ranks of one replica disagree on architecture,
-  /// profile or config
+  /// profile, number of ranks, or on whether they are traced
   Status SetEngine(Replica& replica, const EngineModel& model,
                    std::shared_ptr<const EngineRank> rank);
 
@@ -131,11 +134,12 @@ class Model {
 
  private:
   void Settle(Replica& replica);
+  /// Shared by all groups and replicas: one that leaves and comes back as a new object must not
+  /// look as it did before, since plans are kept under (name, generation).
+  uint64_t NextGeneration() { return ++last_generation_; }
 
-  std::string name_;
-  /// Counts for all groups and replicas, so that one which left and came back under its name is
-  /// told apart from the one before.
   uint64_t last_generation_ = 0;
+  std::string name_;
   VersionLedger ledger_;
   std::vector<std::shared_ptr<ActorGroup>> groups_;
   std::vector<std::shared_ptr<Replica>> replicas_;

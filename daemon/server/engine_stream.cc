@@ -8,6 +8,9 @@
 namespace weightd {
 namespace {
 
+// Most blocks of one rank's trace; more than any layout needs that is not scattered.
+constexpr size_t kMaxTracedWrites = size_t{1} << 22;
+
 class EngineStream;
 
 class Port : public EnginePort {
@@ -57,6 +60,8 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
         return OnHello(request.hello());
       case v1::EngineRequest::kParams:
         return OnParams(request.params());
+      case v1::EngineRequest::kTrace:
+        return OnTrace(request.trace());
       case v1::EngineRequest::kRegister:
         return OnRegister(request.register_());
       case v1::EngineRequest::kQuiesced:
@@ -125,10 +130,49 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     return context_.coordinator.CheckCount(params_.size());
   }
 
+  Status OnTrace(const v1::TracePage& page) {
+    for (const v1::TracedSource& source : page.sources()) {
+      StatusOr<Dims> shape = DimsFromProto(source.shape());
+      if (!shape.ok()) return WithTensor(shape.status(), source.name());
+      traced_sources_.push_back({.name = source.name(), .shape = *shape});
+    }
+    for (const v1::WriteSpec& spec : page.writes()) {
+      WEIGHTD_ASSIGN_OR_RETURN(Write write, FromProto(spec));
+      traced_writes_.push_back(write);
+    }
+    if (traced_writes_.size() > kMaxTracedWrites) {
+      traced_writes_.clear();
+      return Error(StatusCode::kResourceExhausted, reason::kMessageTooLarge,
+                   "write a rule file for this model", "a trace has more than {} writes",
+                   kMaxTracedWrites);
+    }
+    return absl::OkStatus();
+  }
+
+  // The trace that came before the registration; nullptr if none did.
+  StatusOr<std::shared_ptr<const TracedLayout>> TakeTrace(const v1::EngineRegister& request,
+                                                          size_t num_params) {
+    std::vector<TracedSource> sources;
+    std::vector<Write> writes;
+    std::swap(sources, traced_sources_);
+    std::swap(writes, traced_writes_);
+    if (sources.size() != request.num_traced_sources() ||
+        writes.size() != request.num_traced_writes()) {
+      return Error(
+          StatusCode::kInvalidArgument, reason::kProtocol, "use the client library of this release",
+          "{} traced sources and {} writes were sent, {} and {} were announced", sources.size(),
+          writes.size(), request.num_traced_sources(), request.num_traced_writes());
+    }
+    if (sources.empty()) return std::shared_ptr<const TracedLayout>();
+    return TracedLayout::Create(std::move(sources), std::move(writes), num_params);
+  }
+
   Status OnRegister(const v1::EngineRegister& request) {
     std::vector<ParamInfo> params;
     std::swap(params, params_);
     if (std::exchange(refused_, false)) return absl::OkStatus();  // a page was: the client knows
+    WEIGHTD_ASSIGN_OR_RETURN(std::shared_ptr<const TracedLayout> trace,
+                             TakeTrace(request, params.size()));
     if (params.size() != request.num_params()) {
       return Error(
           StatusCode::kInvalidArgument, reason::kProtocol, "use the client library of this release",
@@ -143,7 +187,8 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     const std::string device = request.device().empty() ? kHostDevice : request.device();
     WEIGHTD_ASSIGN_OR_RETURN(
         const std::vector<WorkerEndpoint> endpoints,
-        context_.coordinator.RegisterEngine(*session_, device, model, std::move(params)));
+        context_.coordinator.RegisterEngine(*session_, device, std::move(model), std::move(params),
+                                            std::move(trace), request.prefer_trace()));
     v1::EngineEvent event;
     v1::EngineRegistered& registered = *event.mutable_registered();
     *registered.mutable_worker() = ToProto(endpoints.front());
@@ -171,7 +216,10 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
   int num_ranks_ = 1;
   bool orderly_ = false;
   bool refused_ = false;  // a page of parameters was: the rest of this registration is skipped
+  // Pages of the next registration.
   std::vector<ParamInfo> params_;
+  std::vector<TracedSource> traced_sources_;
+  std::vector<Write> traced_writes_;
 };
 
 void Port::Send(v1::EngineEvent event) {

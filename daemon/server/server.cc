@@ -112,6 +112,14 @@ class Server::Observer : public SyncObserver {
     metrics_.SetEngine({model, engine, static_cast<uint32_t>(dp_rank)}, Name(state), version);
   }
 
+  void OnReplicaLeft(const std::string& model, const std::string& engine, int dp_rank) override {
+    metrics_.RemoveEngine({model, engine, static_cast<uint32_t>(dp_rank)});
+  }
+
+  void OnStaging(const std::string& device, uint64_t bytes) override {
+    metrics_.SetStagingBytes(device, bytes);
+  }
+
   void OnPlanCompiled(double seconds) override { metrics_.ObservePlanCompile(seconds); }
 
  private:

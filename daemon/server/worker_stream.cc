@@ -139,6 +139,7 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
       target.words.assign(digests.words().begin(), digests.words().end());
       event.digests.push_back(std::move(target));
     }
+    coordinator().StagingUsed(port_->device(), done.staging_bytes());
     coordinator().WorkerEvent(std::move(event));
   }
 

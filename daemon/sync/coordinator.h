@@ -130,12 +130,14 @@ class Coordinator {
   /// \error DUPLICATE_RANK, UNAVAILABLE DRAINING, RESOURCE_EXHAUSTED TOO_MANY_SESSIONS
   StatusOr<std::shared_ptr<EngineSession>> JoinEngine(const EngineIdentity& identity,
                                                       std::shared_ptr<EnginePort> port);
-  /// The endpoint of the rank's own device first, then those of devices that write into it.
+  /// The endpoint of the rank's own device first, then those of devices that write into it. `trace`
+  /// may be null. A rule file that describes the model wins over it unless `prefer_trace`.
   /// \error UNKNOWN_ARCHITECTURE, UNKNOWN_PROFILE, UNKNOWN_DEVICE, CONFIG, DUPLICATE_TENSOR
   StatusOr<std::vector<WorkerEndpoint>> RegisterEngine(EngineSession& session,
-                                                       const std::string& device,
-                                                       const EngineModel& model,
-                                                       std::vector<ParamInfo> params);
+                                                       const std::string& device, EngineModel model,
+                                                       std::vector<ParamInfo> params,
+                                                       std::shared_ptr<const TracedLayout> trace,
+                                                       bool prefer_trace);
   void Quiesced(EngineSession& session, AttemptId attempt, const Status& status);
   void Committed(EngineSession& session, AttemptId attempt, const Status& status,
                  std::vector<std::string> caches_reset);
@@ -149,6 +151,9 @@ class Coordinator {
   void MemberLost(const std::string& device, MemberId member, const std::string& cause);
   /// PlanLoaded, Progress and StepDone go to the job that waits for them.
   void WorkerEvent(Event event);
+  void StagingUsed(const std::string& device, uint64_t bytes) {
+    observer_.OnStaging(device, bytes);
+  }
 
   // ---- views
   std::vector<ModelView> Views(const std::string& model_or_empty);

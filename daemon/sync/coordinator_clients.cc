@@ -185,12 +185,16 @@ StatusOr<std::shared_ptr<EngineSession>> Coordinator::JoinEngine(const EngineIde
   return session;
 }
 
-StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(EngineSession& session,
-                                                                  const std::string& device,
-                                                                  const EngineModel& model,
-                                                                  std::vector<ParamInfo> params) {
+StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
+    EngineSession& session, const std::string& device, EngineModel model,
+    std::vector<ParamInfo> params, std::shared_ptr<const TracedLayout> trace, bool prefer_trace) {
+  const Status found = loaders_->CheckProfile(model.architecture, model.profile, params);
+  model.traced = trace != nullptr && (prefer_trace || !found.ok());
+  if (!model.traced) {
+    WEIGHTD_RETURN_IF_ERROR(found);
+    trace = nullptr;
+  }
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(params, "parameter"));
-  WEIGHTD_RETURN_IF_ERROR(loaders_->CheckProfile(model.architecture, model.profile, params));
   if (!model.commit_mode.empty() && model.commit_mode != "in_place") {
     return Error(StatusCode::kInvalidArgument, reason::kConfig, "use commit_mode \"in_place\"",
                  "commit mode is not supported: {}", model.commit_mode);
@@ -216,10 +220,12 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(EngineSession&
     rank->process = identity.process;
     rank->device = device;
     rank->params = std::move(params);
+    rank->traced = std::move(trace);
     rank->held_version = identity.held_version;
     rank->dirty = identity.dirty;
     WEIGHTD_RETURN_IF_ERROR(
         session.room->model.SetEngine(*session.replica, model, std::move(rank)));
+    if (model.traced) session.replica->loader = kTracedOrigin;
     for (const std::string& writer : TrainerDevices(*session.room)) {
       if (info.lent.contains(writer) || !ChoosePath({writer}, {device}).ok()) continue;
       endpoints.push_back(Announce(session.member, info, writer));
@@ -250,7 +256,13 @@ void Coordinator::LeaveEngine(EngineSession& session, const Status& cause) {
   if (session.member != MemberId::kNone) RemoveMember(session.member);
   session.room->model.LeaveReplica(session.replica, {at.pp_rank, at.tp_rank},
                                    cause.ok() ? absl::OkStatus() : event.status);
-  Observe(*session.room, *session.replica);
+  const auto& replicas = session.room->model.replicas();
+  if (std::find(replicas.begin(), replicas.end(), session.replica) != replicas.end()) {
+    Observe(*session.room, *session.replica);
+  } else {
+    observer_.OnReplicaLeft(session.room->model.name(), session.replica->engine,
+                            session.replica->dp_rank);
+  }
   session.room = nullptr;
   --sessions_;
 }

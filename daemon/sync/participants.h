@@ -64,7 +64,7 @@ struct ReplicaView {
 
 /// The loader of one replica, evaluated for every rank.
 struct ResolvedReplica {
-  std::string loader;      ///< origin of the rule file
+  std::string loader;      ///< origin of the rule file, or kTracedOrigin
   std::string layout_key;  ///< equal for replicas with equal layouts, whose digests are comparable
   std::vector<std::shared_ptr<const RankLayout>> layouts;  ///< in (pp, tp) order
   std::vector<size_t> num_tensors;  ///< per layout: source tensors that it reads

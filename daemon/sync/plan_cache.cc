@@ -35,6 +35,46 @@ Status ChoosePaths(const CompiledPlan& compiled, const WorkerPlan& worker, Repli
   return absl::OkStatus();
 }
 
+void AddLayout(RankLayout layout, const GroupView& group, ResolvedReplica* resolved) {
+  resolved->num_tensors.push_back(NumTensors(layout, group.table->size()));
+  resolved->layouts.push_back(std::make_shared<const RankLayout>(std::move(layout)));
+}
+
+/// The layouts that a replica's ranks saw their engine's loader produce.
+Status ResolveTraced(const GroupView& group, const ReplicaView& replica,
+                     ResolvedReplica* resolved) {
+  TraceBinder binder(*group.table);
+  for (const TargetView& target : replica.targets) {
+    const EngineRank& rank = *target.rank;
+    StatusOr<RankLayout> layout = binder.Lower(*rank.traced, rank.coordinates, rank.params);
+    if (!layout.ok()) return WithRank(layout.status(), rank.label);
+    AddLayout(*std::move(layout), group, resolved);
+  }
+  resolved->loader = kTracedOrigin;
+  WEIGHTD_ASSIGN_OR_RETURN(resolved->skipped, binder.Skipped());
+  return absl::OkStatus();
+}
+
+/// The layouts that a rule file gives a replica's ranks.
+Status ResolveRules(const LoaderRegistry& loaders, const GroupView& group,
+                    const ReplicaView& replica, ResolvedReplica* resolved) {
+  WEIGHTD_ASSIGN_OR_RETURN(const std::shared_ptr<const Loader> loader,
+                           loaders.Find(replica.model.architecture, replica.model.profile));
+  const std::vector<ParamInfo>& reported = replica.targets.front().rank->params;
+  WEIGHTD_ASSIGN_OR_RETURN(
+      const std::shared_ptr<const BoundLoader> bound,
+      loader->Bind(*group.table, replica.model.config_json, replica.model.architecture,
+                   replica.model.profile, reported));
+  resolved->loader = loader->origin();
+  resolved->skipped = bound->skipped();
+  for (const TargetView& target : replica.targets) {
+    StatusOr<RankLayout> layout = bound->Lower(target.rank->coordinates, target.rank->params);
+    if (!layout.ok()) return WithRank(layout.status(), target.rank->label);
+    AddLayout(*std::move(layout), group, resolved);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 std::string LayoutKey(const ReplicaView& replica) {
@@ -47,6 +87,7 @@ std::string LayoutKey(const ReplicaView& replica) {
     const EngineCoordinates& at = target.rank->coordinates;
     key += fmt::format("|{}/{} {}/{} {}/{} {}", at.tp_rank, at.tp_size, at.pp_rank, at.pp_size,
                        at.ep_rank, at.ep_size, Hex(TableDigest(params)));
+    if (target.rank->traced != nullptr) key += " " + Hex(target.rank->traced->digest());
   }
   return key;
 }
@@ -67,23 +108,11 @@ StatusOr<std::shared_ptr<const ResolvedReplica>> PlanCache::Resolve(const GroupV
   Entry& entry = entries_[Key(group, replica)];
   if (entry.resolved != nullptr) return entry.resolved;
   const auto start = Clock::now();
-  WEIGHTD_ASSIGN_OR_RETURN(const std::shared_ptr<const Loader> loader,
-                           loaders_->Find(replica.model.architecture, replica.model.profile));
-  const std::vector<ParamInfo>& reported = replica.targets.front().rank->params;
-  WEIGHTD_ASSIGN_OR_RETURN(
-      const std::shared_ptr<const BoundLoader> bound,
-      loader->Bind(*group.table, replica.model.config_json, replica.model.architecture,
-                   replica.model.profile, reported));
   auto resolved = std::make_shared<ResolvedReplica>();
-  resolved->loader = loader->origin();
   resolved->layout_key = LayoutKey(replica);
-  resolved->skipped = bound->skipped();
-  for (const TargetView& target : replica.targets) {
-    StatusOr<RankLayout> layout = bound->Lower(target.rank->coordinates, target.rank->params);
-    if (!layout.ok()) return WithRank(layout.status(), target.rank->label);
-    resolved->num_tensors.push_back(NumTensors(*layout, group.table->size()));
-    resolved->layouts.push_back(std::make_shared<const RankLayout>(*std::move(layout)));
-  }
+  WEIGHTD_RETURN_IF_ERROR(replica.model.traced
+                              ? ResolveTraced(group, replica, resolved.get())
+                              : ResolveRules(*loaders_, group, replica, resolved.get()));
   on_compiled_(static_cast<double>(MicrosSince(start)) * 1e-6);
   entry.resolved = std::move(resolved);
   return entry.resolved;

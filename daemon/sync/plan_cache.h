@@ -25,7 +25,7 @@ class PlanCache {
             std::function<void(double)> on_compiled)
       : loaders_(std::move(loaders)), limits_(limits), on_compiled_(std::move(on_compiled)) {}
 
-  /// Finds and evaluates the loader for every rank of `replica`.
+  /// Finds and evaluates the loader for every rank of `replica`, or binds the traces of its ranks.
   /// \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE, INVALID_ARGUMENT from the loader or
   /// the coverage proof
   StatusOr<std::shared_ptr<const ResolvedReplica>> Resolve(const GroupView& group,

@@ -143,7 +143,11 @@ class SyncObserver {
   virtual void OnSyncEnd(const std::string& model, const SyncReport& report) = 0;
   virtual void OnReplica(const std::string& model, const std::string& engine, int dp_rank,
                          ReplicaState state, uint64_t version) = 0;
+  /// A replica has left in order and will not come back under this registration.
+  virtual void OnReplicaLeft(const std::string& model, const std::string& engine, int dp_rank) = 0;
   virtual void OnPlanCompiled(double seconds) = 0;
+  /// Bytes of a worker's staging that hold pages.
+  virtual void OnStaging(const std::string& device, uint64_t bytes) = 0;
 };
 
 /// Keeps what must survive the daemon: epoch and highest version per model.

@@ -81,6 +81,9 @@ class MemberTable {
   /// \error UNAVAILABLE PEER_LOST naming a member that is not attached or has registered nothing
   Status Pin(std::span<const uint64_t> members, std::atomic<bool>* cancel, PinnedMembers* pinned);
 
+  /// Bytes of all members' rings that may hold pages now.
+  uint64_t staging_bytes() const { return budget_->resident_bytes(); }
+
  private:
   friend class PinnedMembers;
 

@@ -75,6 +75,7 @@ v1::StepDone StepRunner::Run(const v1::RunStep& command, std::atomic<bool>* canc
     done.clear_digests();
     *done.mutable_error() = ToProto(WithPhase(std::move(status), PhaseOf(command.step())));
   }
+  done.set_staging_bytes(members_->staging_bytes());
   return done;
 }
 

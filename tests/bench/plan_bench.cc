@@ -6,6 +6,8 @@
 // exceeds them, row-parallel o and down, norms whole, vocabulary padded to 64. All engine ranks
 // have equally many boxes, so rank tp - 1, which also has the zero fill, is the largest.
 // Usage: plan_bench [tensors=100000] [sources=64] [tp=32]
+//        plan_bench deepseek [sources=8] [rows|whole]: rules and plan of DeepSeek V3, see
+//        deepseek_bench.h
 // Seconds are CPU seconds of one thread, and wall seconds beside them; MB (10^6 bytes) is the
 // greatest resident size of the process so far, inputs included.
 #include <sys/resource.h>
@@ -16,8 +18,10 @@
 #include <cstdlib>
 #include <ctime>
 #include <string>
+#include <string_view>
 
 #include "daemon/plan/transfer_plan.h"
+#include "tests/bench/deepseek_bench.h"
 
 namespace weightd {
 namespace {
@@ -222,6 +226,13 @@ int main(int argc, char** argv) {
   const auto number = [&](int i, long long fallback) {
     return argc > i ? std::strtoll(argv[i], nullptr, 10) : fallback;
   };
+  if (argc > 1 && std::string_view(argv[1]) == "deepseek") {
+    const long long sources = number(2, 8);
+    const bool by_rows = argc <= 3 || std::string_view(argv[3]) == "rows";
+    if (sources >= 1 && sources <= 1024) {
+      return weightd::RunDeepseek(static_cast<int>(sources), by_rows);
+    }
+  }
   const long long tensors = number(1, 100000);
   const long long sources = number(2, 64);
   const long long tp = number(3, 32);

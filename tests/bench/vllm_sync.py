@@ -21,6 +21,7 @@ import json
 import multiprocessing as mp
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 from tests.bench.floor_host import machine_facts
 from tests.bench.sync_bench import run_case
 from tests.support.cluster import Cluster
+from tests.support.live_llama import source_paths
 from tests.support.llama_engine import source_shapes
 from tests.support.trainer_ranks import row_shard
 from tests.support.vllm_engine import plugin_folder, vllm_environment
@@ -141,9 +143,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="weightd-bench-") as name:
         folder = Path(name)
         saved = _save(folder / "model")
-        for key, value in vllm_environment(plugin_folder(folder / "plugin"), TP).items():
-            joined = os.pathsep.join([value, os.environ.get(key, "")]) if key == "PYTHONPATH" else value
-            os.environ[key] = joined
+        os.environ.update(vllm_environment(plugin_folder(folder / "plugin"), TP))
+        os.environ["PYTHONPATH"] = os.pathsep.join([os.environ["PYTHONPATH"], *source_paths()])
+        sys.path.insert(0, str(folder / "plugin"))  # spawned processes take the path from here
         with Cluster() as cluster:
             from vllm import LLM
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.cluster import missing_binaries
+from tests.support.fault_roles import freeze
 from tests.support.faults import SURVIVOR_SECONDS, Scene, poll
 
 pytestmark = pytest.mark.skipif(bool(missing_binaries()), reason=missing_binaries() or "-")
@@ -94,7 +95,7 @@ def test_engine_rank_that_freezes_before_the_publication_does_not_serve(tmp_path
 def test_frozen_worker_is_killed_and_replaced(tmp_path: Path) -> None:
     with _ready(tmp_path) as scene:
         worker = scene.worker_pid()
-        os.kill(worker, signal.SIGSTOP)
+        freeze(worker)
         began = time.monotonic()
         for answer in scene.sync(2):
             _check_deadline(answer, "worker", {"build_plan", "prepare", "transfer"}, began)
@@ -116,7 +117,7 @@ def test_frozen_worker_writes_nothing_after_the_error(tmp_path: Path) -> None:
         began = time.monotonic()
         scene.begin_sync(2)
         scene.points.wait("window.0")
-        os.kill(worker, signal.SIGSTOP)
+        freeze(worker)
         scene.points.release("window.0")
         for actor in scene.actors.values():
             _check_deadline(actor.answer(), "worker", {"transfer"}, began)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.cluster import missing_binaries
+from tests.support.fault_roles import freeze
 from tests.support.faults import SURVIVOR_SECONDS, Scene, poll, weightctl
 
 pytestmark = pytest.mark.skipif(bool(missing_binaries()), reason=missing_binaries() or "-")
@@ -111,7 +112,7 @@ def test_frozen_worker_is_named_and_replaced_alone(tmp_path: Path, device: str) 
         began = time.monotonic()
         scene.begin_sync(2)
         scene.points.wait(point)
-        os.kill(frozen, signal.SIGSTOP)
+        freeze(frozen)
         scene.points.release(point)
         for actor in scene.actors.values():
             answer = actor.answer()

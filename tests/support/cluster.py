@@ -129,6 +129,10 @@ class Cluster:
         self._engines.append(engines)
         return engines
 
+    def log(self, name: str) -> str:
+        """Returns the whole log of one process."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
     def logs(self) -> str:
         """Returns the end of every log, for the message of a failed test."""
         parts = []

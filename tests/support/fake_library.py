@@ -17,6 +17,7 @@ class FakeLibrary:
         calls: names of the functions called, in order, without state and wait.
         tensors: what the last actor registration described, as plain values.
         params: what the last engine registration described.
+        trace: the trace that came with it, as plain values, or None.
         syncs: options of every sync begun, as plain values.
         failures: per function name, fields of the error that its next call answers.
         outcome: fields of the error with which syncs end, or None for success.
@@ -28,6 +29,7 @@ class FakeLibrary:
         self.calls: list[str] = []
         self.tensors: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
+        self.trace: Optional[dict[str, Any]] = None
         self.syncs: list[dict[str, Any]] = []
         self.opened: Optional[dict[str, Any]] = None
         self.failures: dict[str, dict[str, Any]] = {}
@@ -76,6 +78,13 @@ class FakeLibrary:
     def weightd_engine_register(self, handle: int, params: Any, count: int) -> Optional[int]:
         self.params = [_param(params[i]) for i in range(count)]
         return self._answer("register")
+
+    def weightd_engine_register_traced(
+        self, handle: int, params: Any, count: int, trace: Any
+    ) -> Optional[int]:
+        self.params = [_param(params[i]) for i in range(count)]
+        self.trace = _trace(trace._obj)
+        return self._answer("register_traced")
 
     def weightd_actor_sync_begin(self, handle: int, options: Any) -> Optional[int]:
         value = options._obj
@@ -207,4 +216,22 @@ def _param(param: _native.Param) -> dict[str, Any]:
         "kind": param.kind,
         "alias_of": param.alias_of and param.alias_of.decode(),
         **_memory(param.memory, dims),
+    }
+
+
+def _trace(trace: Any) -> dict[str, Any]:
+    sources = [trace.sources[i] for i in range(trace.num_sources)]
+    writes = [trace.writes[i] for i in range(trace.num_writes)]
+    return {
+        "sources": [(s.name.decode(), list(s.shape[: s.num_dims])) for s in sources],
+        "writes": [
+            (
+                w.param,
+                w.source,
+                *(list(w_dims[:2]) for w_dims in (w.target_origin, w.extent, w.source_origin)),
+                list(w.source_dim[:2]),
+            )
+            for w in writes
+        ],
+        "preferred": trace.preferred,
     }

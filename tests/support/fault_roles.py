@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -205,6 +206,25 @@ class ServingRank:
 ROLES = {"actor": TrainerRank, "engine": ServingRank}
 
 
+def freeze(pid: int) -> None:
+    """Stops every thread of a process; returns when all of them have stopped.
+
+    The signal is handled by one thread, and until that has run the others go on.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + _END_SECONDS
+    while not all(_stopped(task) for task in Path(f"/proc/{pid}/task").glob("*/stat")):
+        assert time.monotonic() < deadline, f"process {pid} does not stop"
+        time.sleep(0.001)
+
+
+def _stopped(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(") ")[2][0] in "TZX"
+    except FileNotFoundError:  # the thread has ended
+        return True
+
+
 def _local(tensor: Any) -> torch.Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
@@ -280,7 +300,7 @@ class Player:
 
     def freeze(self) -> None:
         """Stops every thread of the process."""
-        os.kill(self.pid, signal.SIGSTOP)
+        freeze(self.pid)
 
     def thaw(self) -> None:
         """Lets a frozen process go on."""

@@ -2,7 +2,7 @@
 
     python -m tests.support.vllm_process ADDRESS
 
-Operations: open, generate, update, call, close; see the functions of the same names. Ends with its
+Operations: open, generate, update, resume, call, close; see the functions of the same names. Ends with its
 input. vLLM writes to standard output, too: answers go to a copy of it, everything else to the log.
 """
 
@@ -86,6 +86,10 @@ class Engine:
         seconds = time.monotonic() - begin
         self._llm.reset_prefix_cache()
         return {"seconds": seconds, "weight_version": self._llm.get_weight_version()}
+
+    def resume(self) -> None:
+        """Resumes the scheduler, as a user may."""
+        self._llm.llm_engine.engine_core.call_utility("resume_scheduler")
 
     def call(self, method: str, **arguments: Any) -> list[Any]:
         """Calls a method of the probe on every worker."""

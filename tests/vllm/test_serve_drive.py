@@ -114,6 +114,8 @@ def _prompt(seed: int) -> list[int]:
 def _in_flight(rig: _Rig, actor: Actor, count: int) -> tuple[int, Ack, list, list]:
     """Syncs while requests run. Returns version before, acknowledgement, prompts and answers."""
     before = rig.sync(actor).version
+    version = next(_versions)
+    rig.llama.train(version)  # takes longer than some requests
     prompts = [_prompt(before * 10 + i) for i in range(REQUESTS)]
     with ThreadPoolExecutor(REQUESTS) as pool:
         answers: list[Future] = [pool.submit(rig.generate, prompt, count) for prompt in prompts]
@@ -121,7 +123,7 @@ def _in_flight(rig: _Rig, actor: Actor, count: int) -> tuple[int, Ack, list, lis
         while rig.running() < REQUESTS:
             assert time.monotonic() < deadline, "the requests never ran at once"
             time.sleep(0.01)
-        ack = rig.sync(actor)
+        ack = actor.sync(version)
         return before, ack, prompts, [answer.result() for answer in answers]
 
 

@@ -130,7 +130,7 @@ def _open(cluster: Cluster, name: str = "vllm") -> EngineProcess:
             path=str(path),
             dtype="bfloat16",
             tensor_parallel_size=TP_SIZE,
-            weightd={"model": MODEL, "engine": "e0", "quiesce_timeout": 3},
+            weightd={"model": MODEL, "engine": "e0", "quiesce_timeout": 6},
         )
     except BaseException:
         engine.close()
@@ -203,12 +203,22 @@ def test_killed_daemon_poisons_and_a_poisoned_engine_gives_no_tokens(
         (answer,) = engine.call("generate", prompts=PROMPTS, count=2)
         assert set(answer["versions"]) == {"3"}
 
-        thread = _when(point, "window.0", lambda pid: os.kill(pid, signal.SIGKILL))
-        with pytest.raises(Error):
-            trainer.sync(4, engine)
-        thread.join()
-        with pytest.raises(AssertionError, match="may have torn the parameters"):
-            engine.call("generate", prompts=PROMPTS, count=2)
+        # A refused resume leaves the engine alive; a step would end it, but gives no tokens either.
+        for refused in ("resume", "generate"):
+            thread = _when(point, "window.0", lambda pid: os.kill(pid, signal.SIGKILL))
+            with pytest.raises(Error):
+                trainer.sync(4 if refused == "resume" else 5, engine)
+            thread.join()
+            arguments = {"prompts": PROMPTS, "count": 2} if refused == "generate" else {}
+            with pytest.raises(AssertionError) as told:
+                engine.call(refused, **arguments)
+            text = str(told.value) if refused == "resume" else cluster.log("vllm")
+            assert "may have torn the parameters" in text
+            if refused == "resume":
+                _await_states(engine, lambda state: state["registered"])
+                trainer.sync(4, engine)
+                engine.call("resume")
+                assert engine.call("generate", prompts=PROMPTS, count=2)
     except BaseException:
         print(cluster.logs())
         raise

@@ -12,6 +12,8 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
+}  // namespace
+
 StatusOr<std::vector<std::string>> RuleFiles(const std::string& path) {
   std::error_code error;
   if (!fs::is_directory(path, error)) {
@@ -29,7 +31,7 @@ StatusOr<std::vector<std::string>> RuleFiles(const std::string& path) {
                "no rule file in directory: {}", path);
 }
 
-StatusOr<std::shared_ptr<const Loader>> ParseFile(const std::string& path) {
+StatusOr<std::shared_ptr<const Loader>> ParseRuleFile(const std::string& path) {
   std::ifstream stream(path, std::ios::binary);
   if (!stream.is_open()) {
     return Error(StatusCode::kNotFound, reason::kRuleFile, "make the file readable",
@@ -39,8 +41,6 @@ StatusOr<std::shared_ptr<const Loader>> ParseFile(const std::string& path) {
                          std::istreambuf_iterator<char>());
   return Loader::Parse(text, path);
 }
-
-}  // namespace
 
 std::string ListLoaders(const LoaderRegistry& registry, bool json) {
   Json list = Json::array();
@@ -66,7 +66,7 @@ StatusOr<LoaderCheck> CheckLoaders(const std::string& path, bool json) {
   std::string text;
   LoaderCheck check{.passed = true};
   for (const std::string& file : files) {
-    const auto loader = ParseFile(file);
+    const auto loader = ParseRuleFile(file);
     Json entry{{"path", file}, {"ok", loader.ok()}};
     if (loader.ok()) {
       entry["architectures"] = (*loader)->architectures();

@@ -1,7 +1,9 @@
 // `weightctl loader list` and `weightctl loader check PATH`, without a daemon.
 #pragma once
 
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "daemon/base/status.h"
 #include "daemon/layout/loader.h"
@@ -12,6 +14,13 @@ namespace weightd {
 /// {"loaders": [{"name", "source", "origin", "profiles", "architectures"}]}, where source is
 /// "embedded" or "directory" and origin the embedded name or the file's path.
 std::string ListLoaders(const LoaderRegistry& registry, bool json);
+
+/// The rule file `path`, or every *.rules file of the directory `path`, sorted.
+/// \error NOT_FOUND if there is none
+StatusOr<std::vector<std::string>> RuleFiles(const std::string& path);
+
+/// \error NOT_FOUND for an unreadable file, INVALID_ARGUMENT RULE_FILE for a malformed one
+StatusOr<std::shared_ptr<const Loader>> ParseRuleFile(const std::string& path);
 
 /// What `loader check` found.
 struct LoaderCheck {

@@ -225,8 +225,9 @@ typedef struct weightd_engine_options {
   const char* device;         /* that holds the rank's memory, as weightd_actor_options */
 } weightd_engine_options;
 
-/* One parameter of this rank. kind: 1 raw, 2 derived, 3 opaque. alias_of: NULL, or the parameter
- * whose storage it shares. */
+/* One parameter of this rank. kind: 1 raw; 2 derived: lent in its loadable layout, converted before
+ * Commit is answered; its memory must stay as it was transferred, since peers catch up from it; 3
+ * opaque: listed only. alias_of: NULL, or the parameter whose storage it shares. */
 typedef struct weightd_param {
   const char* name;
   weightd_dtype dtype;
@@ -245,10 +246,50 @@ WEIGHTD_API weightd_error* weightd_engine_open(const weightd_engine_options* opt
 /* Registers all parameters and lends their memory; replaces an earlier registration. Blocks until
  * daemon and worker have taken them, unless connect_timeout_ms < 0, in which case it goes on in
  * the background and weightd_engine_state tells.
- * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE; INVALID_ARGUMENT (and UNKNOWN_DEVICE) as
- *   weightd_actor_register */
+ * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE if no rule file describes the model;
+ *   INVALID_ARGUMENT (and UNKNOWN_DEVICE) as weightd_actor_register */
 WEIGHTD_API weightd_error* weightd_engine_register(weightd_engine* engine,
                                                    const weightd_param* params, size_t num_params);
+
+/* A source tensor as the engine's own loader was fed it. */
+typedef struct weightd_traced_source {
+  const char* name;
+  int32_t num_dims;
+  int64_t shape[WEIGHTD_MAX_DIMS];
+} weightd_traced_source;
+
+/* A block of one parameter and the block of a source that the loader puts there. Parameter
+ * dimension j follows source dimension source_dim[j], or none (-1, then its extent is 1); source
+ * dimensions that none follows have extent 1. */
+typedef struct weightd_traced_write {
+  uint32_t param; /* position in the registered parameters */
+  int32_t source; /* position in the traced sources; -1: zeros, without source fields */
+  int64_t target_origin[WEIGHTD_MAX_DIMS];
+  int64_t extent[WEIGHTD_MAX_DIMS];
+  int64_t source_origin[WEIGHTD_MAX_DIMS];
+  int8_t source_dim[WEIGHTD_MAX_DIMS];
+} weightd_traced_write;
+
+/* What a rank saw its engine's own loader do, for a model that no rule file describes. A source
+ * that no write reads is one that the loader leaves out. */
+typedef struct weightd_trace {
+  const weightd_traced_source* sources;
+  size_t num_sources;
+  const weightd_traced_write* writes;
+  size_t num_writes;
+  int32_t preferred; /* nonzero: use it although a rule file describes the model */
+} weightd_trace;
+
+/* As weightd_engine_register, with the rank's trace, which is copied. A rule file that describes
+ * (architecture, profile) wins unless the trace is preferred; without one the trace is the layout,
+ * and the daemon proves at the first sync that it covers every parameter exactly once. All ranks of
+ * an engine are traced, or none. trace may be NULL.
+ * \error as weightd_engine_register; INVALID_ARGUMENT PROTOCOL / SHAPE / DUPLICATE_TENSOR for a
+ *   trace that does not fit itself or the parameters */
+WEIGHTD_API weightd_error* weightd_engine_register_traced(weightd_engine* engine,
+                                                          const weightd_param* params,
+                                                          size_t num_params,
+                                                          const weightd_trace* trace);
 
 /* State as JSON:
  * {"connected","registered","state","version","dirty","attempt","pending","offered","idle",

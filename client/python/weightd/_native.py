@@ -133,6 +133,37 @@ class Param(ctypes.Structure):
     ]
 
 
+class TracedSource(ctypes.Structure):
+    """``weightd_traced_source``: a tensor that the engine's loader was fed."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("num_dims", ctypes.c_int32), ("shape", Dims)]
+
+
+class TracedWrite(ctypes.Structure):
+    """``weightd_traced_write``: a block of a parameter and of the source that lands there."""
+
+    _fields_ = [
+        ("param", ctypes.c_uint32),
+        ("source", ctypes.c_int32),
+        ("target_origin", Dims),
+        ("extent", Dims),
+        ("source_origin", Dims),
+        ("source_dim", ctypes.c_int8 * MAX_DIMS),
+    ]
+
+
+class Trace(ctypes.Structure):
+    """``weightd_trace``: what an engine rank saw its loader do."""
+
+    _fields_ = [
+        ("sources", ctypes.POINTER(TracedSource)),
+        ("num_sources", ctypes.c_size_t),
+        ("writes", ctypes.POINTER(TracedWrite)),
+        ("num_writes", ctypes.c_size_t),
+        ("preferred", ctypes.c_int32),
+    ]
+
+
 _ERROR = ctypes.c_void_p
 _HANDLE = ctypes.c_void_p
 _PROTOTYPES: dict[str, tuple] = {
@@ -157,6 +188,13 @@ _PROTOTYPES: dict[str, tuple] = {
     "weightd_actor_close": (None, _HANDLE),
     "weightd_engine_open": (_ERROR, ctypes.POINTER(EngineOptions), ctypes.POINTER(_HANDLE)),
     "weightd_engine_register": (_ERROR, _HANDLE, ctypes.POINTER(Param), ctypes.c_size_t),
+    "weightd_engine_register_traced": (
+        _ERROR,
+        _HANDLE,
+        ctypes.POINTER(Param),
+        ctypes.c_size_t,
+        ctypes.POINTER(Trace),
+    ),
     "weightd_engine_state": (ctypes.c_void_p, _HANDLE),
     "weightd_engine_wait": (ctypes.c_uint64, _HANDLE, ctypes.c_uint64, ctypes.c_int),
     "weightd_engine_quiesced": (_ERROR, _HANDLE, ctypes.c_char_p),

@@ -13,14 +13,11 @@ from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 from weightd import _adapters, _group, _marshal, _memory, _native
 from weightd._drive import Drive, DrivenEngine, DriveSettings
+from weightd._run import run_sync
 from weightd._source import NameMap, Source, module_pairs, named_pairs
 from weightd.ack import Ack
 from weightd.engine_client import PAUSE_MODES, PauseMode
 from weightd.errors import Error, layout_error, state_error
-
-_SLICE_MS = 100
-_ADMIT_SLICE_MS = 2  # how late engines learn that the daemon waits for them
-_CANCEL_SLICES = 100
 
 NamedTensors = Union[Mapping[str, Any], Iterable[tuple[str, Any]]]
 
@@ -294,64 +291,14 @@ class Actor:
     def _run(
         self, options: _native.SyncOptions, refusal: Optional[Error], drive: Optional[Drive]
     ) -> Ack:
-        """Runs one sync to its end. Leaves no sync running, whatever happens."""
+        """Runs one sync to its end, as one that this rank refuses if there is a refusal."""
         if refusal is not None:
             options.staged, options.num_staged = None, 0
             options.refuse_reason = _native.encode(refusal.reason)
             options.refuse_message = _native.encode(refusal.message)
             options.refuse_tensor = _native.encode(refusal.tensor)
             options.refuse_remedy = _native.encode(refusal.remedy)
-        ack: Optional[Ack] = None
-        failure: Optional[Error] = None
-        try:
-            _native.check(self._lib.weightd_actor_sync_begin(self._handle, ctypes.byref(options)))
-            while ack is None:
-                begun = drive is None or drive.begun
-                ack = self._wait_slice(_SLICE_MS if begun else _ADMIT_SLICE_MS)
-                if ack is None and drive is not None and drive.watch(self._phase()):
-                    self._lib.weightd_actor_sync_cancel(self._handle)
-        except Error as error:
-            failure = error
-        except BaseException:
-            result = self._cancel_and_drain()
-            if drive is not None:
-                drive.give_up(result)
-            raise
-        if drive is not None:
-            return drive.conclude(ack, failure, require_all=options.require_replicas == 0)
-        if failure is not None:
-            raise failure
-        assert ack is not None
-        return ack
-
-    def _phase(self) -> str:
-        """The phase that the daemon last told, or an empty text."""
-        state = json.loads(_native.take_string(self._lib.weightd_actor_state(self._handle)))
-        return str(state.get("phase", ""))
-
-    def _wait_slice(self, timeout_ms: int = _SLICE_MS) -> Optional[Ack]:
-        """Waits one slice, so that signals are answered; None while the sync runs."""
-        result, error = ctypes.c_void_p(), ctypes.c_void_p()
-        ended = self._lib.weightd_actor_sync_wait(
-            self._handle, timeout_ms, ctypes.byref(result), ctypes.byref(error)
-        )
-        if not ended:
-            return None
-        text = _native.take_string(result.value)
-        _native.check(error.value)
-        return Ack.from_json(text)
-
-    def _cancel_and_drain(self) -> Optional[Ack]:
-        """Cancels the running sync and waits, for at most ten seconds, until it has ended."""
-        self._lib.weightd_actor_sync_cancel(self._handle)
-        for _ in range(_CANCEL_SLICES):
-            try:
-                ack = self._wait_slice()
-            except Error as error:
-                return error.result
-            if ack is not None:
-                return ack
-        return None
+        return run_sync(self._lib, self._handle, options, drive)
 
     def _next_version(self, version: Optional[int]) -> int:
         if version is None:

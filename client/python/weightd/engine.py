@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Union
 
 from weightd import _memory, _native
 from weightd._params import OPAQUE, checked, config_json, kind_numbers, param_array
+from weightd._registration import Layout, register
 from weightd._source import named_pairs
 from weightd.errors import (
     DEADLINE_EXCEEDED,
@@ -22,6 +23,7 @@ from weightd.errors import (
     StateError,
     state_error,
 )
+from weightd.traced import TracedLayout
 
 _SLICE_MS = 100
 
@@ -47,6 +49,11 @@ class EngineRank:
             ``commit``; they are lent in loadable layout and must stay as they were transferred) or
             ``"opaque"`` (not weightd's: listed, not lent).
         profile: naming and merging convention of the engine.
+        layout: for a model that no rule file describes, what `weightd.trace.trace_loader` found,
+            or a function that finds it. A rule file that describes (architecture, profile) wins; a
+            function is only called where none does; in the background (``connect_timeout`` < 0),
+            and with ``prefer_layout``, it is called at once.
+        prefer_layout: use ``layout`` although a rule file describes the model.
         tp_rank, tp_size, pp_rank, pp_size, ep_rank, ep_size, dp_rank: coordinates of this rank.
         quiesce: called on a thread of this object before memory is written; returns when nobody
             reads the parameters any more. Raising leaves this replica untouched.
@@ -82,6 +89,8 @@ class EngineRank:
         ep_rank: int = 0,
         ep_size: int = 1,
         dp_rank: int = 0,
+        layout: Optional[Layout] = None,
+        prefer_layout: bool = False,
         quiesce: Optional[Quiesce] = None,
         commit: Optional[Commit] = None,
         connect_timeout: float = 10.0,
@@ -90,9 +99,11 @@ class EngineRank:
         self._lib = _native.library()
         pairs = named_pairs(params)
         numbers = kind_numbers(pairs, kinds or {})
-        layout = [
+        described = [
             checked(name, tensor, number) for (name, tensor), number in zip(pairs, numbers)
         ]
+        if callable(layout) and (prefer_layout or connect_timeout < 0):
+            layout = layout()
         options = _native.EngineOptions(
             address=_native.encode(address),
             model=_native.encode(model),
@@ -133,8 +144,8 @@ class EngineRank:
             self._stop,
         )
         try:
-            array = param_array(layout, pairs, shared, numbers)
-            _native.check(self._lib.weightd_engine_register(self._handle, array, len(pairs)))
+            self._array = param_array(described, pairs, shared, numbers)
+            register(self._lib, self._handle, self._array, len(pairs), layout, prefer_layout)
         except BaseException:
             self._close()
             raise
@@ -231,6 +242,21 @@ class EngineRank:
         with self._changed:
             self._changes += 1
             self._changed.notify_all()
+
+    def register_layout(self, layout: TracedLayout, prefer: bool = False) -> None:
+        """Registers again, with a trace. Waits for the daemon unless it is in the background.
+
+        Args:
+            layout: what `weightd.trace.trace_loader` found for this rank.
+            prefer: use it although a rule file describes the model.
+
+        Raises:
+            errors.LayoutError: it is not a trace of these parameters.
+        """
+        with self._lock:
+            self._check_usable()
+            count = len(self._params)
+            register(self._lib, self._handle, self._array, count, layout, prefer)
 
     def close(self) -> None:
         """Takes the parameters back and leaves. Idempotent."""

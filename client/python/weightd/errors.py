@@ -9,7 +9,8 @@ class              reasons                                                      
 LayoutError        MISSING_TENSOR UNKNOWN_TENSOR DUPLICATE_TENSOR SHAPE DTYPE GAP       3
                    OVERLAP PARTIAL PLAN_MISMATCH TABLE_MISMATCH REPLICAS_DIFFER
                    UNCOVERED_PARAMETER AMBIGUOUS_RULE RULE_FILE DIVISIBILITY CONFIG
-                   UNKNOWN_ARCHITECTURE UNKNOWN_PROFILE
+                   UNKNOWN_ARCHITECTURE UNKNOWN_PROFILE LOADER_COMPUTES
+                   LOADER_REFUSED
 MemoryMovedError   MEMORY_MOVED (a LayoutError)
 VersionError       STALE_VERSION REUSED_VERSION
 GroupError         WORLD_SIZE DUPLICATE_RANK                                            6
@@ -186,6 +187,8 @@ _BY_REASON: dict[str, type[Error]] = {
             "CONFIG",
             "UNKNOWN_ARCHITECTURE",
             "UNKNOWN_PROFILE",
+            "LOADER_COMPUTES",
+            "LOADER_REFUSED",
         ),
         LayoutError,
     ),

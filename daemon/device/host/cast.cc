@@ -8,6 +8,7 @@
 #include "daemon/device/host/row_tables.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -40,6 +41,14 @@ Isa FastestIsa() {
   return Isa::kPortable;
 }
 
+#if defined(__x86_64__)
+// Clang 14's __builtin_cpu_supports does not know this one.
+bool HasF16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 #ifdef WEIGHTD_FAILPOINTS
 // float32 to bfloat16 by cutting bits off: what a careless cast does.
 uint64_t TruncatingCast(const std::byte* src, std::byte* dst, size_t count, const uint32_t* weights,
@@ -68,7 +77,7 @@ RowCast RowKernels::Find(DType from, DType to) const {
 
 bool Supported(Isa isa) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && HasF16c();
   if (isa == Isa::kAvx2) return avx2;
   if (isa == Isa::kAvx512) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

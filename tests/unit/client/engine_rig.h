@@ -41,7 +41,7 @@ struct EngineRig {
     return EnginePtr(engine);
   }
 
-  ErrorPtr TryRegister(const EnginePtr& engine) {
+  weightd_param Param() const {
     weightd_param param{};
     param.name = "weight";
     param.dtype = 1;
@@ -49,6 +49,11 @@ struct EngineRig {
     param.shape[0] = 16;
     param.kind = 1;
     param.memory = memory.Memory();
+    return param;
+  }
+
+  ErrorPtr TryRegister(const EnginePtr& engine) {
+    const weightd_param param = Param();
     return ErrorPtr(weightd_engine_register(engine.get(), &param, 1));
   }
 

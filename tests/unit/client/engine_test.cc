@@ -28,6 +28,28 @@ TEST_CASE("an engine that nobody reads is prepared and committed without its cal
   CHECK(state["attempt"] == "1.1");
 }
 
+TEST_CASE("a trace is announced with the registration that it belongs to") {
+  EngineRig rig;
+  rig.daemon->Start();
+  const EnginePtr engine = rig.Open(true);
+  weightd_param param = rig.Param();
+  const weightd_traced_source source{.name = "w", .num_dims = 1, .shape = {40}};
+  const weightd_traced_write writes[] = {
+      {.param = 0, .source = 0, .extent = {12}, .source_origin = {5}, .source_dim = {0}},
+      {.param = 0, .source = -1, .target_origin = {12}, .extent = {4}}};
+  const weightd_trace trace{&source, 1, writes, 2, 1};
+  REQUIRE(weightd_engine_register_traced(engine.get(), &param, 1, &trace) == nullptr);
+  const v1::TracePage page = rig.Await([](const auto& r) { return r.has_trace(); }).trace();
+  CHECK(page.sources(0).shape(0) == 40);
+  CHECK(page.writes(0).source_origin(0) == 5);
+  CHECK(page.writes(1).zero_fill());
+  const v1::EngineRegister last =
+      rig.Await([](const auto& r) { return r.has_register_(); }).register_();
+  CHECK(last.num_traced_sources() == 1);
+  CHECK(last.num_traced_writes() == 2);
+  CHECK(last.prefer_trace());
+}
+
 TEST_CASE("the caller answers prepare and commit when it asked for that") {
   EngineRig rig;
   const EnginePtr engine = rig.Registered(false);
@@ -73,7 +95,7 @@ TEST_CASE("a torn engine shows that it is poisoned") {
 }
 
 TEST_CASE("an engine sees what is offered to it, and when nothing is coming") {
-  Rig rig;
+  EngineRig rig;
   const EnginePtr engine = rig.Registered(false);
   json state = TakeJson(weightd_engine_state(engine.get()));
   CHECK(state["offered"] == 0);
@@ -155,6 +177,30 @@ TEST_CASE("what the daemon refuses is the error of the registration") {
   REQUIRE(error != nullptr);
   CHECK(weightd_error_code(error.get()) == 5);
   CHECK(Field(error, "reason") == "UNKNOWN_ARCHITECTURE");
+}
+
+TEST_CASE("a registration in the background takes the place of one that was refused") {
+  EngineRig rig;
+  rig.daemon->engine.on_request = [&rig, seen = 0](const v1::EngineRequest& request) mutable {
+    v1::EngineEvent event;
+    if (request.has_hello()) event.mutable_welcome()->mutable_protocol()->set_major(1);
+    if (request.has_register_() && ++seen == 1) {
+      event.mutable_error()->mutable_detail()->set_code(5);
+      event.mutable_error()->mutable_detail()->set_reason("UNKNOWN_ARCHITECTURE");
+    } else if (request.has_register_()) {
+      *event.mutable_registered()->mutable_worker() = rig.worker.Endpoint();
+    }
+    if (event.event_case() != v1::EngineEvent::EVENT_NOT_SET) rig.daemon->engine.Send(event);
+  };
+  rig.daemon->Start();
+  const EnginePtr engine = rig.Open(true, -1);
+  REQUIRE(rig.TryRegister(engine) == nullptr);
+  AwaitState(engine, [](const json& s) {
+    return s["error"].is_object() && s["error"]["reason"] == "UNKNOWN_ARCHITECTURE";
+  });
+  REQUIRE(rig.TryRegister(engine) == nullptr);
+  CHECK(TakeJson(weightd_engine_state(engine.get()))["error"].is_null());
+  AwaitState(engine, [](const json& s) { return s["registered"] == true; });
 }
 
 TEST_CASE("closing tells the daemon that the engine leaves") {

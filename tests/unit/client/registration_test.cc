@@ -8,6 +8,7 @@
 #include "client/src/pages.h"
 #include "daemon/base/version.h"
 #include "daemon/layout/table_digest.h"
+#include "daemon/wire/convert.h"
 #include "tests/unit/client/client_testing.h"
 
 namespace weightd {
@@ -26,6 +27,18 @@ weightd_param ParamOf(const char* name, int64_t size, weightd_memory memory) {
   param.memory = memory;
   return param;
 }
+
+/// One write of [2, 3] from rows 1 and 2 of "q" [4, 3], transposed, into parameter 0.
+struct TraceOf {
+  weightd_traced_source source{.name = "q", .num_dims = 2, .shape = {4, 3}};
+  weightd_traced_write write{
+      .param = 0, .source = 0, .extent = {3, 2}, .source_origin = {1, 0}, .source_dim = {1, 0}};
+  std::vector<ParamInfo> params = {{.name = "p", .shape = {3, 2}, .dtype = DType::kFloat32}};
+
+  StatusOr<std::shared_ptr<const TracedLayout>> Read() const {
+    return ReadTrace({&source, 1, &write, 1, 0}, params);
+  }
+};
 
 }  // namespace
 
@@ -211,6 +224,60 @@ TEST_CASE("the table's digest depends on names, shapes, dtypes and their order")
   SECTION("order") { std::swap(other[0], other[1]); }
   SECTION("length") { other.pop_back(); }
   CHECK(digest != CanonicalTableDigest(other));
+}
+
+TEST_CASE("a trace keeps its blocks, and travels in pages") {
+  const TraceOf trace;
+  const auto read = trace.Read();
+  REQUIRE(read.ok());
+  const Write& write = (*read)->writes().at(0);
+  CHECK(write.source == Box{{1, 0}, {2, 3}});
+  CHECK(write.target == Box{{0, 0}, {3, 2}});
+  CHECK((*read)->sources().at(0).used);
+  const std::vector<v1::TracePage> pages = TracePages(**read);
+  REQUIRE(pages.size() == 1);
+  CHECK(pages[0].sources(0).name() == "q");
+  const auto back = FromProto(pages[0].writes(0));
+  REQUIRE(back.ok());
+  CHECK(*back == write);
+}
+
+TEST_CASE("a trace that leaves its tensors is refused and named") {
+  TraceOf trace;
+  const auto refusal = [&trace](const char* reason, const char* tensor) {
+    const Status status = trace.Read().status();
+    INFO(Message(status));
+    CHECK(FieldsOf(status).reason == reason);
+    CHECK(FieldsOf(status).tensor == tensor);
+  };
+  SECTION("target") {
+    trace.write.target_origin[1] = 1;
+    refusal(reason::kShape, "p");
+  }
+  SECTION("source") {
+    trace.write.source_origin[0] = 3;
+    refusal(reason::kShape, "q");
+  }
+  SECTION("dimension") {
+    trace.write.source_dim[0] = 2;
+    refusal(reason::kShape, "p");
+  }
+  SECTION("a wide dimension that follows none") {
+    trace.write.source_dim[0] = -1;
+    refusal(reason::kShape, "p");
+  }
+  SECTION("parameter") {
+    trace.write.param = 1;
+    refusal(reason::kProtocol, "");
+  }
+  SECTION("tensor") {
+    trace.write.source = 1;
+    refusal(reason::kProtocol, "");
+  }
+  SECTION("shape") {
+    trace.source.shape[0] = -4;
+    refusal(reason::kShape, "q");
+  }
 }
 
 }  // namespace weightd

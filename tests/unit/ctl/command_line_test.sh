@@ -26,6 +26,7 @@ expect 0 '"weightctl":' version -o json
 expect 0 'Exit codes: 0 ok' --help
 expect 0 'interval' status --help
 expect 2 'required' 
+expect 0 'trace' loader check --help
 expect 2 'Exit\|help' frobnicate
 expect 2 'output' -o yaml status
 expect 2 'timeout' --timeout 0s status

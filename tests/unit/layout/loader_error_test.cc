@@ -133,6 +133,27 @@ TEST_CASE("a parameter that no rule writes is refused, unless it is opaque or an
   CHECK(Refusal(Model(), {}, reported).ok());
 }
 
+TEST_CASE("a parameter whose tensors are all skipped is refused with what to do") {
+  const auto loader = Loader::Parse(
+      "architecture A\nprofile p\nsymbol bias = config.bias else 0\n"
+      "a.bias : skip if=not(bias)\na.(weight|bias) -> & : rep\n",
+      "t");
+  REQUIRE(loader.ok());
+  const TensorTable table{{"a.weight", {2}, DType::kFloat32}, {"a.bias", {2}, DType::kFloat32}};
+  std::vector<ParamInfo> reported = {{.name = "a.weight", .shape = {2}},
+                                     {.name = "a.bias", .shape = {2}}};
+  const auto without = (*loader)->Bind(table, "{}", "A", "p", reported);
+  REQUIRE(without.ok());
+  CHECK((*without)->skipped() == std::vector<uint32_t>{1});
+  CheckRefusal((*without)->Lower({}, reported).status(), reason::kUncoveredParameter, "a.bias",
+               "rules of loader t (t) skip every tensor");
+  const auto with = (*loader)->Bind(table, R"({"bias": true})", "A", "p", reported);
+  REQUIRE(with.ok());
+  CHECK((*with)->Lower({}, reported).ok());
+  reported.pop_back();
+  CHECK((*without)->Lower({}, reported).ok());
+}
+
 TEST_CASE(
     "a tensor for which the engine has no parameter is refused, but not by a pipeline stage") {
   std::vector<ParamInfo> reported = Reported();

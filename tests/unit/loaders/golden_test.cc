@@ -1,11 +1,10 @@
-// Every golden-layout case, element by element: what engines' own loaders do to small models. The
-// folders are looked for in $WEIGHTD_SHARED, by default ../shared beside the source tree; without
-// them the test is skipped (exit code 77).
+// Every golden-layout case, element by element: what engines' own loaders do to small models. Some
+// lie in tests/data/layouts; two larger folders are looked for in $WEIGHTD_SHARED, by default
+// ../shared beside the source tree, and left out, which is said, where they are not.
 #include <zlib.h>
 
 #include <algorithm>
 #include <catch2/catch.hpp>
-#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <iostream>
@@ -20,11 +19,12 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-constexpr const char* kFolders[] = {"golden-layouts", "golden-layouts-vllm032"};
-
-fs::path SharedFolder() {
+std::vector<fs::path> Folders() {
+  const fs::path source = WEIGHTD_SOURCE_DIR;
   const char* set = std::getenv("WEIGHTD_SHARED");
-  return set != nullptr ? fs::path(set) : fs::path(WEIGHTD_SOURCE_DIR) / ".." / "shared";
+  const fs::path shared = set != nullptr ? fs::path(set) : source / ".." / "shared";
+  return {source / "tests" / "data" / "layouts", shared / "golden-layouts",
+          shared / "golden-layouts-vllm032"};
 }
 
 std::vector<fs::path> CasesOf(const fs::path& folder) {
@@ -110,14 +110,13 @@ std::string AcceptedRefusal(const Json& golden, const LoaderRegistry& registry) 
 }
 
 TEST_CASE("every golden case comes out element by element") {
-  const fs::path shared = SharedFolder();
   const auto registry = Registry();
   size_t cases = 0;
   size_t equal = 0;
-  for (const char* folder : kFolders) {
+  for (const fs::path& folder : Folders()) {
     size_t folder_cases = 0;
     size_t folder_equal = 0;
-    for (const fs::path& path : CasesOf(shared / folder)) {
+    for (const fs::path& path : CasesOf(folder)) {
       const Json golden = ReadGolden(path);
       REQUIRE(golden.is_object());
       std::string difference = Difference(golden, *registry);
@@ -126,15 +125,12 @@ TEST_CASE("every golden case comes out element by element") {
       folder_equal += difference.empty() ? 1 : 0;
       if (!difference.empty()) std::cout << path.filename().string() << ": " << difference << "\n";
     }
-    std::cout << folder << ": " << folder_equal << " of " << folder_cases << "\n";
+    std::cout << folder.filename().string() << ": " << folder_equal << " of " << folder_cases
+              << (folder_cases == 0 ? " (left out: WEIGHTD_SHARED does not hold it)\n" : "\n");
     cases += folder_cases;
     equal += folder_equal;
   }
-  if (cases == 0) {
-    std::cout << "skipped: no golden layouts in " << shared.string()
-              << " (set WEIGHTD_SHARED to the folder that holds them)" << std::endl;
-    std::_Exit(77);
-  }
+  CHECK(cases > 0);
   CHECK(equal == cases);
 }
 

@@ -77,6 +77,26 @@ TEST_CASE("dtypes that cannot be cast are refused") {
   CheckRefused(layout, reason::kDtype);
 }
 
+TEST_CASE("8-bit floats are neither made nor taken apart") {
+  for (const DType eight : {DType::kFloat8E4M3FN, DType::kFloat8E5M2}) {
+    for (const DType other : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt8,
+                              DType::kFloat8E4M3FN, DType::kFloat8E5M2}) {
+      for (const auto& [from, to] : {std::pair(eight, other), std::pair(other, eight)}) {
+        const TensorTable table{{"w", {2, 2}, from}};
+        RankLayout layout;
+        layout.params.push_back({"p", {2, 2}, to});
+        layout.writes.push_back(
+            {0, 0, false, {0, 1}, MakeBox({0, 0}, {2, 2}), MakeBox({0, 0}, {2, 2})});
+        const Status status = CheckCoverage(table, layout);
+        INFO(Name(from) << " to " << Name(to));
+        CHECK(status.ok() == (from == to));
+        if (from != to) CHECK(FieldsOf(status).reason == reason::kDtype);
+        if (from != to) CHECK(FieldsOf(status).tensor == "p");
+      }
+    }
+  }
+}
+
 TEST_CASE("a write of an unknown tensor or parameter is refused") {
   RankLayout layout = Covered();
   layout.writes[0].tensor = 2;

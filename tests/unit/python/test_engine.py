@@ -12,6 +12,7 @@ import torch
 
 from tests.support.fake_library import FakeLibrary
 from weightd import EngineRank, errors
+from weightd.traced import TracedLayout, TracedSource, TracedWrite
 
 
 def _engine(params: Any = None, **options: Any) -> EngineRank:
@@ -87,6 +88,83 @@ def test_failed_registration_closes_the_session(library: FakeLibrary) -> None:
     with pytest.raises(errors.LayoutError, match="nearest: LlamaForCausalLM"):
         _engine(architecture="LlamaForCausal")
     assert library.calls == ["open", "register", "close"]
+
+
+def _traced(name: str = "w", shape: tuple[int, ...] = (3, 2)) -> TracedLayout:
+    """Rows 4 and 5 of a source, transposed, and zeros below them."""
+    return TracedLayout(
+        params=((name, shape),),
+        sources=(TracedSource("q", (9, 2), True), TracedSource("mask", (4,), False)),
+        writes=(
+            TracedWrite(0, 0, (0, 0), (2, 2), (4, 0), (1, 0)),
+            TracedWrite(0, -1, (2, 0), (1, 2), (), ()),
+        ),
+    )
+
+
+def test_traced_layout_is_registered_with_the_parameters_it_names(library: FakeLibrary) -> None:
+    params = [("norm", torch.zeros(2)), ("w", torch.zeros(3, 2))]
+    with _engine(params, layout=_traced(), prefer_layout=True):
+        assert library.calls == ["open", "register_traced"]
+        assert library.trace == {
+            "sources": [("q", [9, 2]), ("mask", [4])],
+            "writes": [
+                (1, 0, [0, 0], [2, 2], [4, 0], [1, 0]),
+                (1, -1, [2, 0], [1, 2], [0, 0], [0, 0]),
+            ],
+            "preferred": 1,
+        }
+
+
+def test_traced_name_may_be_an_alias(library: FakeLibrary) -> None:
+    tensor = torch.zeros(3, 2)
+    with _engine([("embed", tensor), ("head", tensor[:])], layout=_traced("head")):
+        assert {write[0] for write in library.trace["writes"]} == {0}
+
+
+def test_names_that_are_tied_by_now_are_written_once(library: FakeLibrary) -> None:
+    both = TracedLayout(
+        params=(("embed", (2, 2)), ("head", (2, 2))),
+        sources=(TracedSource("e", (2, 2), True), TracedSource("h", (2, 2), True)),
+        writes=tuple(TracedWrite(i, i, (0, 0), (2, 2), (0, 0), (0, 1)) for i in range(2)),
+    )
+    tensor = torch.zeros(2, 2)
+    with _engine([("embed", tensor), ("head", tensor[:])], layout=both):
+        assert [write[:2] for write in library.trace["writes"]] == [(0, 0)]
+
+
+def test_other_parameters_than_the_traced_are_refused(library: FakeLibrary) -> None:
+    with pytest.raises(errors.LayoutError, match="not registered") as caught:
+        _engine([("v", torch.zeros(3, 2))], layout=_traced())
+    assert caught.value.tensor == "w" and library.calls == ["open", "close"]
+    with pytest.raises(errors.LayoutError, match=r"traced=\[3, 2\], registered=\[2, 3\]"):
+        _engine([("w", torch.zeros(2, 3))], layout=_traced())
+
+
+def test_tracing_is_left_out_where_a_rule_file_fits(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(3, 2))], layout=lambda: pytest.fail("traced")):
+        assert library.calls == ["open", "register"]
+
+
+def test_without_a_rule_file_the_layout_is_traced(library: FakeLibrary) -> None:
+    library.failures["register"] = {"code": 5, "reason": "UNKNOWN_ARCHITECTURE", "message": "?"}
+    with _engine([("w", torch.zeros(3, 2))], layout=_traced):
+        assert library.calls == ["open", "register", "register_traced"]
+    library.failures["register"] = {"code": 3, "reason": "SHAPE", "message": "?"}
+    with pytest.raises(errors.LayoutError):
+        _engine([("w", torch.zeros(3, 2))], layout=lambda: pytest.fail("traced"))
+
+
+def test_in_the_background_the_layout_is_traced_at_once(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(3, 2))], layout=_traced, connect_timeout=-1):
+        assert library.calls == ["open", "register_traced"]
+        assert library.trace["preferred"] == 0
+
+
+def test_a_trace_may_come_later(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(3, 2))], connect_timeout=-1) as engine:
+        engine.register_layout(_traced())
+        assert library.calls == ["open", "register", "register_traced"]
 
 
 def test_state_version_and_readiness(library: FakeLibrary) -> None:

@@ -21,7 +21,7 @@ def test_defaults_come_from_vllm() -> None:
 
 def test_environment_wins_over_additional_config() -> None:
     config = {"weightd": {"address": "unix:/a", "model": "m", "engine": "e", "quiesce_timeout": 3}}
-    assert _read(config) == Settings("unix:/a", "m", "e", 3)
+    assert _read(config) == Settings("unix:/a", "m", "e", quiesce_timeout=3)
     settings = _read(config, WEIGHTD_ADDRESS="unix:/b", WEIGHTD_MODEL="n", WEIGHTD_ENGINE="f")
     assert (settings.address, settings.model, settings.engine) == ("unix:/b", "n", "f")
 
@@ -33,3 +33,5 @@ def test_unknown_keys_and_wrong_types_are_refused() -> None:
         _read({"weightd": {"start_timeout": "long"}})
     with pytest.raises(errors.LayoutError, match="wrong type"):
         _read({"weightd": {"model": 3}})
+    with pytest.raises(errors.LayoutError, match="auto, rules, trace"):
+        _read({"weightd": {"layout": "tracing"}})

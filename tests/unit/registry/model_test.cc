@@ -131,6 +131,33 @@ TEST_CASE("a replica without one of its ranks is gone and holds nothing") {
   CHECK(Message(replica->error) == "killed");
 }
 
+TEST_CASE("who leaves in order and comes back under its name does not look as before") {
+  Model model("m", 0);
+  auto replica = JoinBoth(model);
+  REQUIRE(model.SetEngine(*replica, TwoRanks(), Rank(0, 2, 3, false)).ok());
+  REQUIRE(model.SetEngine(*replica, TwoRanks(), Rank(1, 2, 3, false)).ok());
+  const uint64_t before = replica->generation;
+  model.LeaveReplica(replica, {0, 0}, absl::OkStatus());
+  model.LeaveReplica(replica, {0, 1}, absl::OkStatus());
+  REQUIRE(model.replicas().empty());
+  auto again = JoinBoth(model);
+  REQUIRE(model.SetEngine(*again, TwoRanks(), Rank(0, 2, 3, false)).ok());
+  REQUIRE(model.SetEngine(*again, TwoRanks(), Rank(1, 2, 3, false)).ok());
+  CHECK(again->generation != before);
+
+  auto group = *model.JoinGroup("g", 1, 2, 0);
+  REQUIRE(model.JoinGroup("g", 1, 2, 1).ok());
+  RegisterAll(model, *group);
+  const uint64_t group_before = group->generation;
+  model.LeaveGroup(group, 0);
+  model.LeaveGroup(group, 1);
+  REQUIRE(model.groups().empty());
+  auto group_again = *model.JoinGroup("g", 1, 2, 0);
+  REQUIRE(model.JoinGroup("g", 1, 2, 1).ok());
+  RegisterAll(model, *group_again);
+  CHECK(group_again->generation != group_before);
+}
+
 TEST_CASE("ranks of one engine that disagree about the model are refused") {
   Model model("m", 0);
   auto replica = JoinBoth(model);
@@ -138,6 +165,17 @@ TEST_CASE("ranks of one engine that disagree about the model are refused") {
   EngineModel other = TwoRanks();
   other.architecture = "Qwen2ForCausalLM";
   CHECK(Reason(model.SetEngine(*replica, other, Rank(1, 2, 0, false))) == reason::kConfig);
+}
+
+TEST_CASE("either all ranks of an engine are traced, or none") {
+  Model model("m", 0);
+  auto replica = JoinBoth(model);
+  EngineModel traced = TwoRanks();
+  traced.traced = true;
+  REQUIRE(model.SetEngine(*replica, TwoRanks(), Rank(0, 2, 0, false)).ok());
+  CHECK(Reason(model.SetEngine(*replica, traced, Rank(1, 2, 0, false))) == reason::kConfig);
+  REQUIRE(model.SetEngine(*replica, traced, Rank(0, 2, 0, false)).ok());
+  CHECK(model.SetEngine(*replica, traced, Rank(1, 2, 0, false)).ok());
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ class SyncFixture : public SessionHost {
   std::vector<std::shared_ptr<Replica>> replicas;
   std::vector<MemberId> engine_members;
   std::vector<std::string> outcomes;    ///< "engine e0: committed", "... untouched", "... POISONED"
-  std::vector<std::string> idle;      ///< "engine e0: 1 ok": version and reason of SendIdle
+  std::vector<std::string> idle;        ///< "engine e0: 1 ok": version and reason of SendIdle
   std::vector<std::string> worker_log;  ///< "transfer", or "transfer host.1"
   std::set<std::string> workers_down;   ///< devices
   std::set<std::string> workers_killed;  ///< devices

@@ -63,8 +63,9 @@ TEST_CASE("a worker that skips a tensor in its digests is noticed") {
 
 TEST_CASE("a worker that leaves a tensor out of both of its digests is noticed") {
   SyncFixture fixture;
-  fixture.script.on_step = [&](const StepCommand& command) {
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
     Event event{.kind = Event::Kind::kStepDone, .attempt = command.attempt, .step = command.step};
+    event.device = device;
     event.touched = true;
     event.digests = {{0, {}, {0}}};
     fixture.mailbox.Post(std::move(event));
@@ -176,11 +177,11 @@ TEST_CASE("a rank that never arrives is named at the deadline of admit") {
 }
 
 TEST_CASE("an engine that holds the version already is told that no attempt is coming") {
-  SyncFixture fixture(2);
-  fixture.script.on_step = [&](const StepCommand& command) {
+  SyncFixture fixture({.engines = 2});
+  fixture.script.on_step = [&](const std::string& device, const StepCommand& command) {
     const bool fails = command.attempt.counter == 2;
     fixture.StepDone(
-        command, 42,
+        device, command, 42,
         fails ? Error(StatusCode::kUnavailable, reason::kPeerLost, "", "gone") : Status());
   };
   REQUIRE_FALSE(fixture.Sync(1).error.ok());

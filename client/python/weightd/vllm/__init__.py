@@ -14,13 +14,14 @@ def register() -> None:
     """Registers backend ``weightd`` with vLLM. May be called again."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from weightd.vllm import post_load, worker_calls
+    from weightd.vllm import guard, post_load, worker_calls
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "weightd.vllm.engine", "WeightdTransferEngine"
         )
     post_load.install()
+    guard.install_in_core(BACKEND)
     worker_calls.install()
     register_trainer()
 

@@ -14,6 +14,7 @@ from weightd.errors import FAILED_PRECONDITION, EngineError
 from weightd.vllm.post_load import (
     LoadRecord,
     ModuleChange,
+    TensorMark,
     full_name,
     is_deferred_attention,
     own_parameters,
@@ -58,8 +59,12 @@ class Parameters:
         self._model = model
         self._hook = record.hook
         self._derived = [Derived(change) for change in record.changes if change.loadable]
+        filled = {id(derived.change.module) for derived in self._derived}
         self._attention = [
-            change.module for change in record.changes if is_deferred_attention(change.module)
+            change.module
+            for change in record.changes
+            if is_deferred_attention(change.module)
+            and any(id(part) in filled for part in change.module.modules())
         ]
         self.kinds: dict[str, str] = {}
         buffers = self._stage()
@@ -104,7 +109,7 @@ class Parameters:
         import torch
 
         buffers: dict[str, Any] = {}
-        by_address: dict[int, Any] = {}  # tied parameters share one
+        by_mark: dict[TensorMark, Any] = {}  # tied parameters share one
         for derived in self._derived:
             change = derived.change
             module = change.module
@@ -119,10 +124,12 @@ class Parameters:
                 if attribute in change.kept:
                     continue
                 _check_repeatable(module, name, attribute)
-                buffer = by_address.get(mark.address)
+                buffer = by_mark.get(mark)
                 if buffer is None:
-                    buffer = torch.empty_strided(mark.shape, mark.stride, dtype=mark.dtype)
-                    by_address[mark.address] = buffer
+                    buffer = torch.empty_strided(
+                        mark.shape, mark.stride, dtype=mark.dtype, device=mark.device
+                    )
+                    by_mark[mark] = buffer
                 derived.staged[attribute] = buffers[name] = buffer
         return buffers
 
@@ -132,6 +139,7 @@ class Parameters:
             for name, tensor in own_parameters(self._model)
             if name not in born
         ]
+        lent += [pair for pair in buffers.items() if pair[0] not in dict(lent)]  # taken off
         derived = {tensor.data_ptr() for name, tensor in lent if name in self.kinds}
         for name, tensor in lent:
             if tensor.numel() > 0 and tensor.data_ptr() in derived:

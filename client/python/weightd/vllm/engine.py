@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -26,11 +27,12 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from weightd.engine import EngineRank
-from weightd.errors import FAILED_PRECONDITION, Error, PoisonedError, error_class
+from weightd.errors import Error, error_class
 from weightd.vllm import guard
 from weightd.vllm.convert import Parameters
 from weightd.vllm.model_facts import check_supported, coordinates, parameters_of, profile
 from weightd.vllm.settings import Settings, settings_of
+from weightd.vllm.shadow import traced_layout
 
 logger = logging.getLogger("vllm.weightd")
 
@@ -38,6 +40,8 @@ _SLICE_SECONDS = 0.1
 _LOST_SECONDS = 3.0
 # google.rpc codes of a registration that will be refused again, whatever is waited for
 _FINAL_CODES = (3, 5, 12)
+_NO_RULE_FILE = ("UNKNOWN_ARCHITECTURE", "UNKNOWN_PROFILE")
+_TRIES = 3
 
 
 @dataclass
@@ -68,6 +72,7 @@ class _Session:
     version: int = 0
     starting: bool = False  # vLLM has not begun to serve
     attempt: str = ""  # that was let in; "" until then
+    offered: int = 0  # its version
     job: Optional[_Job] = None
 
 
@@ -92,10 +97,12 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         self._settings = settings_of(vllm_config)
         self._cv = threading.Condition()
         self._session: Optional[_Session] = None
+        self._closing = False
         self._idle_seen = 0
         self._torn = ""
         self.parameters: Parameters = parameters_of(model)
         self._log_parameters()
+        asked = self._settings.layout == "trace"
         self.rank = EngineRank(
             self._settings.address,
             model=self._settings.model,
@@ -105,12 +112,14 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             params=self.parameters.pairs,
             kinds=self.parameters.kinds,
             profile=profile(),
+            layout=traced_layout(vllm_config) if asked else None,
+            prefer_layout=asked,
             quiesce=self._quiesce,
             commit=self._commit,
             connect_timeout=-1.0,
             **coordinates(vllm_config),
         )
-        guard.install()
+        guard.install_in_worker()
         self._start()
 
     # ---- vLLM's calls; none of them raises
@@ -134,6 +143,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         if complaint:
             logger.error("weightd: update_weights: %s", complaint)
         else:
+            self._synchronize()  # kernels of the last step may still read
             self._run(_Session(version))
         self._agree()
 
@@ -143,30 +153,23 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
 
     def shutdown(self) -> None:
         """Takes the parameters back and leaves."""
+        with self._cv:
+            self._closing = True
+            self._cv.notify_all()
         self.rank.close()
 
     # ---- the guard
 
-    def check(self) -> None:
-        """Refuses to run the model on memory that may be torn.
-
-        Raises:
-            errors.PoisonedError: a failed sync may have torn the parameters.
-        """
-        if self._torn:
-            raise PoisonedError(
-                f"a failed sync may have torn the parameters: {self._torn}",
-                code=FAILED_PRECONDITION,
-                reason="POISONED",
-                remedy="sync a newer version, or the same one again, before this engine serves",
-            )
+    def refusal(self) -> str:
+        """Why the model must not run: a failed sync may have torn its parameters; "" if it may."""
+        return self._torn
 
     # ---- sessions, on vLLM's thread
 
     def _start(self) -> None:
         """Waits, before vLLM serves, for the registration to be taken and for a catch-up."""
-        begin = time.monotonic()
-        self._run(_Session(starting=True), begin)
+        self._run(_Session(starting=True))
+        self._trace_if_needed()
         self._agree()
         state = self.rank.state
         if state["registered"]:
@@ -179,9 +182,28 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
                 "weightd: not registered yet, goes on in the background: %s", _error_text(state)
             )
 
-    def _run(self, session: _Session, begin: Optional[float] = None) -> None:
+    def _trace_if_needed(self) -> None:
+        """Registers again with a trace of vLLM's own loader if no rule file describes the model.
+
+        Raises:
+            errors.LayoutError: the loader cannot be traced; vLLM's start fails.
+        """
+        if self._settings.layout != "auto" or _reason(self.rank.state) not in _NO_RULE_FILE:
+            return
+        try:
+            layout = traced_layout(self.vllm_config)
+        except Error:
+            self.rank.close()
+            raise
+        self.rank.register_layout(layout)
+        for _ in range(_TRIES):  # the refusal of an earlier try may still be on its way
+            self._run(_Session(starting=True))
+            if _reason(self.rank.state) not in _NO_RULE_FILE:
+                break
+
+    def _run(self, session: _Session) -> None:
         """Keeps the parameters quiet until the session is over; converts when asked to."""
-        begin = time.monotonic() if begin is None else begin
+        begin = time.monotonic()
         with self._cv:
             self._session = session
             self._cv.notify_all()
@@ -189,9 +211,9 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         try:
             while True:
                 self._convert(session)
-                state = self.rank.state
-                why = self._over(session, state, time.monotonic() - begin)
-                if why is not None:
+                attempt = session.attempt
+                why = self._over(session, attempt, time.monotonic() - begin)
+                if why is not None and self._end(session, attempt):
                     break
                 seen = self.rank.wait_change(seen, _SLICE_SECONDS)
         finally:
@@ -205,14 +227,23 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         if why:
             logger.warning("weightd: %s", why)
 
-    def _over(self, session: _Session, state: dict[str, Any], seconds: float) -> Optional[str]:
+    def _end(self, session: _Session, attempt: str) -> bool:
+        """Lets no attempt in any more, unless one was since ``attempt`` was looked at."""
+        with self._cv:
+            if session.attempt != attempt:
+                return False
+            self._session = None
+            self._cv.notify_all()
+            return True
+
+    def _over(self, session: _Session, attempt: str, seconds: float) -> Optional[str]:
         """None while the session goes on; "" or why it brought no weights when it is over."""
-        if session.attempt:
+        state = self.rank.state
+        if attempt:
             if state["offered"]:
                 return None
-            if not state["dirty"] and not state["error"]:
-                return ""
-            return f"the sync brought no weights: {_error_text(state)}"
+            brought = not state["dirty"] and state["version"] == session.offered
+            return "" if brought else f"the sync brought no weights: {_error_text(state)}"
         if session.starting:
             return self._start_over(state, seconds)
         idle = state["idle"]
@@ -245,12 +276,17 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         try:
             with set_current_vllm_config(self.vllm_config):
                 self.parameters.convert(self.model_config)
+            self._synchronize()
         except Exception as error:  # becomes the outcome of this replica
             logger.exception("weightd: cannot convert derived parameters")
             job.error = error
         with self._cv:
             job.done = True
             self._cv.notify_all()
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def _agree(self) -> None:
         """Makes all ranks of the replica refuse the model if one of them has to."""
@@ -282,8 +318,10 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             while True:
                 session = self._session
                 if session is not None and (session.starting or session.version == version):
-                    session.attempt = attempt
+                    session.attempt, session.offered = attempt, version
                     return
+                if self._closing:
+                    raise RuntimeError("this vLLM is shutting down")
                 if state["state"] == "CATCHING_UP":
                     raise RuntimeError("this vLLM serves already: it joins the next sync")
                 if time.monotonic() > deadline:
@@ -341,6 +379,10 @@ def _summary(settings: Settings, state: dict[str, Any]) -> str:
 
 def _code(state: dict[str, Any]) -> int:
     return state["error"]["code"] if state["error"] else 0
+
+
+def _reason(state: dict[str, Any]) -> str:
+    return state["error"]["reason"] if state["error"] else ""
 
 
 def _error_text(state: dict[str, Any]) -> str:

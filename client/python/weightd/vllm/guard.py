@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any
+
+from weightd.errors import FAILED_PRECONDITION, PoisonedError
 
 
-class Checked(Protocol):
-    """What the guard asks before every step."""
+def poisoned(reason: str) -> PoisonedError:
+    """The error of a worker whose memory may be torn."""
+    return PoisonedError(
+        f"a failed sync may have torn the parameters: {reason}",
+        code=FAILED_PRECONDITION,
+        reason="POISONED",
+        remedy="sync a newer version, or the same one again, before this engine serves",
+    )
 
-    def check(self) -> None:
-        """Raises if the model must not run."""
 
-
-def install() -> None:
+def install_in_worker() -> None:
     """Wraps the model step of vLLM's workers. Does nothing the second time.
 
-    Only workers whose weight transfer engine has a `check` are concerned.
+    Concerns workers only whose weight transfer engine has a `refusal`: "" or why not to run.
     """
     from vllm.v1.worker.gpu_worker import Worker
 
@@ -24,15 +29,48 @@ def install() -> None:
     if hasattr(original, "weightd_original"):
         return
 
+    def weightd_refusal(self: Any) -> str:
+        refusal = getattr(self.weight_transfer_engine, "refusal", None)
+        return "" if refusal is None else refusal()
+
     @functools.wraps(original)
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        check = getattr(self.weight_transfer_engine, "check", None)
-        if check is not None:
-            check()
+        reason = weightd_refusal(self)
+        if reason:
+            raise poisoned(reason)
         return original(self, *args, **kwargs)
 
     execute_model.weightd_original = original  # type: ignore[attr-defined]
     Worker.execute_model = execute_model
+    Worker.weightd_refusal = weightd_refusal
+
+
+def install_in_core(backend: str) -> None:
+    """Lets vLLM's engine core refuse to resume workers that would refuse to run.
+
+    A step that raises ends the engine; a refused resume leaves it paused, to be healed by a sync.
+    Does nothing the second time.
+
+    Args:
+        backend: of the engines that are concerned.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    original = EngineCore.resume_scheduler
+    if hasattr(original, "weightd_original"):
+        return
+
+    @functools.wraps(original)
+    def resume_scheduler(self: Any) -> Any:
+        transfer = self.vllm_config.weight_transfer_config
+        if transfer is not None and transfer.backend == backend:
+            for reason in self.model_executor.collective_rpc("weightd_refusal"):
+                if reason:
+                    raise poisoned(reason)
+        return original(self)
+
+    resume_scheduler.weightd_original = original  # type: ignore[attr-defined]
+    EngineCore.resume_scheduler = resume_scheduler
 
 
 def agree(flag: bool) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Mapping, Optional
 from weightd.errors import layout_error
 
 _KEY = "weightd"
+_LAYOUTS = ("auto", "rules", "trace")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Settings:
             model name.
         engine: instance name, unique among the engines of one model; ``WEIGHTD_ENGINE`` wins; then
             one that vLLM draws at every start.
+        layout: ``"auto"`` traces vLLM's own loader where the daemon has no rule file for the model,
+            ``"trace"`` always, ``"rules"`` never.
         quiesce_timeout: seconds that a sync waits for ``update_weights``; below the daemon's
             deadline of Prepare, so that the reason is told.
         update_timeout: seconds that ``update_weights`` waits for the sync to reach this engine.
@@ -32,6 +35,7 @@ class Settings:
     address: Optional[str] = None
     model: str = ""
     engine: str = ""
+    layout: str = "auto"
     quiesce_timeout: float = 12.0
     update_timeout: float = 60.0
     connect_timeout: float = 3.0
@@ -69,6 +73,12 @@ def read_settings(
                 reason="CONFIG",
                 remedy="seconds are numbers, names and addresses are text",
             )
+    if given.get("layout", "auto") not in _LAYOUTS:
+        raise layout_error(
+            f"unknown value in additional_config of vLLM: {_KEY}.layout={given['layout']!r}",
+            reason="CONFIG",
+            remedy=f"use one of {', '.join(_LAYOUTS)}",
+        )
     values = {"model": served_model_name, "engine": f"vllm-{instance_id}", **given}
     for key in ("address", "model", "engine"):
         from_environment = environment.get(f"WEIGHTD_{key.upper()}")
