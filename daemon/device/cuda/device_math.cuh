@@ -38,6 +38,10 @@ __device__ __forceinline__ uint32_t FixNans(uint32_t pair, uint32_t nan) {
   return pair;
 }
 
+__device__ __forceinline__ uint32_t FixNan(uint32_t bits, uint32_t nan) {
+  return (bits & 0x7fffU) == 0x7fffU ? nan : bits;
+}
+
 // Nonzero if a half of the word is the hardware's NaN.
 __device__ __forceinline__ uint32_t HasNan(uint32_t pair) {
   return ((pair & 0x7fff7fffU) + 0x00010001U) & 0x80008000U;
@@ -75,13 +79,13 @@ __device__ __forceinline__ uint64_t CastElement(BoxKind kind, uint64_t bits) {
   const auto low = static_cast<uint32_t>(bits);
   switch (kind) {
     case BoxKind::kFloat32ToBFloat16:
-      return FixNans(PackBFloat16(low, 0), host::kNanBFloat16) & 0xffffU;
+      return FixNan(PackBFloat16(low, 0), host::kNanBFloat16);
     case BoxKind::kFloat32ToFloat16:
-      return FixNans(PackFloat16(low, 0), host::kNanFloat16) & 0xffffU;
+      return FixNan(PackFloat16(low, 0), host::kNanFloat16);
     case BoxKind::kFloat16ToBFloat16:
-      return FixNans(PackBFloat16(WidenFloat16(low), 0), host::kNanBFloat16) & 0xffffU;
+      return FixNan(PackBFloat16(WidenFloat16(low), 0), host::kNanBFloat16);
     case BoxKind::kBFloat16ToFloat16:
-      return FixNans(PackFloat16(WidenBFloat16(low), 0), host::kNanFloat16) & 0xffffU;
+      return FixNan(PackFloat16(WidenBFloat16(low), 0), host::kNanFloat16);
     case BoxKind::kFloat16ToFloat32:
       return host::CanonicalNan32(WidenFloat16(low));
     case BoxKind::kBFloat16ToFloat32:

@@ -49,10 +49,32 @@ __device__ __forceinline__ Square SquareOf(const SharedTile& shared, uint32_t fi
 template <class T>
 constexpr unsigned kPitch = kTileSide + (sizeof(T) >= 4 ? 1 : 4 / sizeof(T));
 
-// The digest of a tile: every thread takes a quarter of a row of the source tensor. Where its
-// columns run along neither side of the tile, every element has a row of its own.
+// The digest of columns [begin, end) of a row of the square, which lie in one digest block, before
+// the row weight. `byte`: where column 0 of the square would lie in that block.
 template <class T>
-__device__ __noinline__ uint64_t DigestTile(const SharedTile& shared, const Square square) {
+__device__ __forceinline__ uint64_t DigestColumns(const T* row, unsigned step, uint32_t begin,
+                                                  uint32_t end, uint32_t byte) {
+  uint64_t sum = 0;
+  if (sizeof(T) == 2 && byte % 4 == 0 && (end - begin) % 2 == 0) {  // two elements make a word
+#pragma unroll 4
+    for (uint32_t c = begin; c < end; c += 2) {
+      const uint32_t word =
+          static_cast<uint32_t>(row[c * step]) | static_cast<uint32_t>(row[(c + 1) * step]) << 16;
+      sum += (uint64_t{word} + kValueMask) * kTables.weights[(byte + 2 * c) / 4];
+    }
+    return sum;
+  }
+#pragma unroll 4
+  for (uint32_t c = begin; c < end; ++c) {
+    sum += Term(row[c * step], sizeof(T), byte + c * sizeof(T), kTables.weights);
+  }
+  return sum;
+}
+
+// The digest of a square: every thread takes a quarter of a row of the source tensor. Where its
+// columns run along neither side of the square, every element has a row of its own.
+template <class T>
+__device__ __noinline__ uint64_t DigestSquare(const SharedTile& shared, const Square square) {
   const BoxDesc& box = shared.box;
   const bool columns_along_p = box.dims[0].column != 0;
   const BoxDim rows = box.dims[columns_along_p ? 1 : 0];
@@ -65,24 +87,22 @@ __device__ __noinline__ uint64_t DigestTile(const SharedTile& shared, const Squa
   if (r >= num_rows || begin >= end) return 0;
   const T* tile = reinterpret_cast<const T*>(shared.bytes) + r * (columns_along_p ? kPitch<T> : 1);
   const unsigned step = columns_along_p ? 1 : kPitch<T>;
-  const uint64_t first = square.column * sizeof(T);
   const uint64_t row = square.row + r * rows.row;
-  const auto block_of = [&](uint32_t c) {
-    return (first + uint64_t{c} * columns.column * sizeof(T)) / kDigestBlockBytes;
+  const auto byte_of = [&](uint32_t c) {
+    return (square.column + uint64_t{c} * columns.column) * sizeof(T);
   };
-  const auto term = [&](uint32_t c) {
-    const auto byte = static_cast<unsigned>(first + c * columns.column * sizeof(T));
-    return Term(tile[c * step], sizeof(T), byte % kDigestBlockBytes, kTables.weights);
-  };
-  uint64_t sum = 0;
-  if (columns.row == 0 && block_of(begin) == block_of(end - 1)) {
-#pragma unroll 4
-    for (uint32_t c = begin; c < end; ++c) sum += term(c);
-    return sum * RowWeightOfKey(box.key, row, block_of(begin));
+  const uint64_t block = byte_of(begin) / kDigestBlockBytes;
+  if (columns.column == 1 && block == byte_of(end - 1) / kDigestBlockBytes) {
+    // Of column 0, before the block if need be: the sum with a column's offset wraps back.
+    const auto first = static_cast<uint32_t>(byte_of(0) - block * kDigestBlockBytes);
+    return DigestColumns(tile, step, begin, end, first) * RowWeightOfKey(box.key, row, block);
   }
+  uint64_t sum = 0;
 #pragma unroll 1
   for (uint32_t c = begin; c < end; ++c) {
-    sum += term(c) * RowWeightOfKey(box.key, row + c * columns.row, block_of(c));
+    const auto in_block = static_cast<unsigned>(byte_of(c) % kDigestBlockBytes);
+    sum += Term(tile[c * step], sizeof(T), in_block, kTables.weights) *
+           RowWeightOfKey(box.key, row + c * columns.row, byte_of(c) / kDigestBlockBytes);
   }
   return sum;
 }
@@ -92,10 +112,10 @@ struct alignas(sizeof(T) * kCount) Vector {
   T values[kCount];
 };
 
-// Reads the tile along source memory, kVector elements at a time, and keeps it as it will be
+// Reads a square along source memory, kVector elements at a time, and keeps it as it will be
 // written.
 template <class From, class To, BoxKind kKind, unsigned kVector>
-__device__ __forceinline__ void ReadTile(SharedTile& shared, const Square& square) {
+__device__ __forceinline__ void ReadSquare(SharedTile& shared, const Square& square) {
   constexpr unsigned kPerRow = kTileSide / kVector, kRows = kBoxThreads / kPerRow;
   constexpr unsigned kBatch = kTileSide / kRows < 4 ? kTileSide / kRows : 4;
   const uint32_t p = threadIdx.x % kPerRow * kVector, first = threadIdx.x / kPerRow;
@@ -125,9 +145,9 @@ __device__ __forceinline__ void ReadTile(SharedTile& shared, const Square& squar
   }
 }
 
-// Writes the tile along target memory.
+// Writes a square along target memory.
 template <class To, unsigned kVector>
-__device__ __forceinline__ void WriteTile(const SharedTile& shared, const Square& square) {
+__device__ __forceinline__ void WriteSquare(const SharedTile& shared, const Square& square) {
   constexpr unsigned kPerRow = kTileSide / kVector, kRows = kBoxThreads / kPerRow;
   const uint32_t q = threadIdx.x % kPerRow * kVector, first = threadIdx.x / kPerRow;
   if (q >= square.q_count) return;
@@ -145,50 +165,50 @@ __device__ __forceinline__ void WriteTile(const SharedTile& shared, const Square
   }
 }
 
-// Out of line, so that each kind of tile has the registers to itself.
+// Out of line, so that each kind of square has the registers to itself.
 template <class From, class To, BoxKind kKind = BoxKind::kCopy>
-__device__ __noinline__ uint64_t RunTile(SharedTile& shared, uint32_t first_q) {
+__device__ __noinline__ uint64_t RunSquare(SharedTile& shared, uint32_t first_q) {
   const Square square = SquareOf(shared, first_q);
   if (shared.box.vectors) {
-    ReadTile<From, To, kKind, kTileVector>(shared, square);
+    ReadSquare<From, To, kKind, kTileVector>(shared, square);
   } else {
-    ReadTile<From, To, kKind, 1>(shared, square);
+    ReadSquare<From, To, kKind, 1>(shared, square);
   }
   __syncthreads();
-  const uint64_t sum = shared.box.digest ? DigestTile<To>(shared, square) : 0;
+  const uint64_t sum = shared.box.digest ? DigestSquare<To>(shared, square) : 0;
   if (shared.box.to_size == 0) return sum;
   if (shared.box.vectors) {
-    WriteTile<To, kTileVector>(shared, square);
+    WriteSquare<To, kTileVector>(shared, square);
   } else {
-    WriteTile<To, 1>(shared, square);
+    WriteSquare<To, 1>(shared, square);
   }
   return sum;
 }
 
-__device__ __forceinline__ uint64_t RunBoxTile(SharedTile& shared, uint32_t first_q) {
+__device__ __forceinline__ uint64_t RunKind(SharedTile& shared, uint32_t first_q) {
   switch (shared.box.kind) {
     case BoxKind::kFloat32ToBFloat16:
-      return RunTile<uint32_t, uint16_t, BoxKind::kFloat32ToBFloat16>(shared, first_q);
+      return RunSquare<uint32_t, uint16_t, BoxKind::kFloat32ToBFloat16>(shared, first_q);
     case BoxKind::kFloat32ToFloat16:
-      return RunTile<uint32_t, uint16_t, BoxKind::kFloat32ToFloat16>(shared, first_q);
+      return RunSquare<uint32_t, uint16_t, BoxKind::kFloat32ToFloat16>(shared, first_q);
     case BoxKind::kFloat16ToBFloat16:
-      return RunTile<uint16_t, uint16_t, BoxKind::kFloat16ToBFloat16>(shared, first_q);
+      return RunSquare<uint16_t, uint16_t, BoxKind::kFloat16ToBFloat16>(shared, first_q);
     case BoxKind::kBFloat16ToFloat16:
-      return RunTile<uint16_t, uint16_t, BoxKind::kBFloat16ToFloat16>(shared, first_q);
+      return RunSquare<uint16_t, uint16_t, BoxKind::kBFloat16ToFloat16>(shared, first_q);
     case BoxKind::kFloat16ToFloat32:
-      return RunTile<uint16_t, uint32_t, BoxKind::kFloat16ToFloat32>(shared, first_q);
+      return RunSquare<uint16_t, uint32_t, BoxKind::kFloat16ToFloat32>(shared, first_q);
     case BoxKind::kBFloat16ToFloat32:
-      return RunTile<uint16_t, uint32_t, BoxKind::kBFloat16ToFloat32>(shared, first_q);
+      return RunSquare<uint16_t, uint32_t, BoxKind::kBFloat16ToFloat32>(shared, first_q);
     default:
       break;
   }
   switch (shared.box.from_size) {
     case 1:
-      return RunTile<uint8_t, uint8_t>(shared, first_q);
+      return RunSquare<uint8_t, uint8_t>(shared, first_q);
     case 2:
-      return RunTile<uint16_t, uint16_t>(shared, first_q);
+      return RunSquare<uint16_t, uint16_t>(shared, first_q);
     default:
-      return RunTile<uint32_t, uint32_t>(shared, first_q);
+      return RunSquare<uint32_t, uint32_t>(shared, first_q);
   }
 }
 
@@ -224,7 +244,7 @@ __global__ void __launch_bounds__(kBoxThreads, 6) TileKernel(const BoxArgs args)
       uint64_t sum = 0;
       for (uint32_t q = 0; q < shared.place.q_count; q += kTileSide) {
         if (q != 0) __syncthreads();  // the square before has been read
-        sum += RunBoxTile(shared, q);
+        sum += RunKind(shared, q);
       }
       if (shared.box.digest) {
         AddToWord<kBoxThreads>(sum, shared.sums, args.words + shared.box.word);
