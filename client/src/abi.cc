@@ -73,7 +73,7 @@ StatusOr<std::unique_ptr<ActorClient>> OpenActor(const weightd_actor_options& op
   if (Text(options.group).empty()) return Missing("group");
   if (options.world_size < 1) return Missing("world_size");
   if (options.rank < 0 || options.rank >= options.world_size) return Missing("rank");
-  WEIGHTD_RETURN_IF_ERROR(EnterRuntime());
+  WEIGHTD_RETURN_IF_ERROR(CheckRuntime());
   auto session = std::make_unique<ActorClient>(
       std::move(settings),
       ActorClient::Identity{.model = options.model,
@@ -109,7 +109,7 @@ StatusOr<std::unique_ptr<EngineClient>> OpenEngine(const weightd_engine_options&
   if (!below(coordinates.ep_rank, coordinates.ep_size)) return Missing("ep_rank, ep_size");
   if (coordinates.dp_rank < 0) return Missing("dp_rank");
   const std::string mode = Text(options.commit_mode);
-  WEIGHTD_RETURN_IF_ERROR(EnterRuntime());
+  WEIGHTD_RETURN_IF_ERROR(CheckRuntime());
   auto session = std::make_unique<EngineClient>(
       std::move(settings), EngineClient::Identity{.model = options.model,
                                                   .engine = options.engine,

@@ -7,14 +7,15 @@
 namespace weightd {
 namespace {
 
-// A daemon that is stopped or cut off counts as lost after 15 s at most. The daemon allows a ping
-// every two seconds.
-constexpr int kPingEveryMs = 10'000;
-constexpr int kPingTimeoutMs = 5'000;
+// A daemon that is stopped or cut off counts as lost after 15 s at most, one that a busy machine
+// keeps from running for less than 10 s does not. The daemon allows a ping every two seconds.
+constexpr int kPingEveryMs = 5'000;
+constexpr int kPingTimeoutMs = 10'000;
 
 }  // namespace
 
 std::shared_ptr<grpc::Channel> ChannelOver(Socket* socket) {
+  EnterRuntime();
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
   arguments.SetMaxSendMessageSize(kMaxMessageBytes);

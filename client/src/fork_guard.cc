@@ -27,6 +27,7 @@ struct Block {
 };
 
 Block first_block;
+std::atomic<pid_t> runtime_owner{0};  // the process that used gRPC first, also in its children
 std::mutex
     table_mutex;  // guards ForkSlot::taken and the growth of the list, never used by the handler
 
@@ -55,15 +56,19 @@ ForkSlot* TakeSlot() {
 
 }  // namespace
 
-Status EnterRuntime() {
-  static std::atomic<pid_t> owner{0};
-  pid_t seen = 0;
+void EnterRuntime() {
+  pid_t nobody = 0;
+  runtime_owner.compare_exchange_strong(nobody, ::getpid());
+}
+
+Status CheckRuntime() {
+  const pid_t seen = runtime_owner.load();
   const pid_t self = ::getpid();
-  if (owner.compare_exchange_strong(seen, self) || seen == self) return absl::OkStatus();
+  if (seen == 0 || seen == self) return absl::OkStatus();
   return Error(StatusCode::kFailedPrecondition, reason::kForked,
                "start this process with multiprocessing's spawn or forkserver method, or fork it "
-               "before the parent makes its first Actor or EngineRank",
-               "process was forked from one that had used weightd already: pid={} parent={}", self,
+               "before the parent's first Actor or EngineRank connects",
+               "process was forked from one that had connected to weightd: pid={} parent={}", self,
                seen);
 }
 

@@ -8,11 +8,13 @@
 
 namespace weightd {
 
-/// Call before this process's first use of gRPC. gRPC's threads do not survive a fork, not even
-/// when all its channels were closed before, so a child of a process that has used it cannot.
-/// Thread safety: any thread.
-/// \error FAILED_PRECONDITION FORKED in a process that was forked from one that has entered
-Status EnterRuntime();
+/// OK unless this process was forked from one that had used gRPC: gRPC's threads do not survive a
+/// fork, not even when all its channels were closed before. Thread safety: any thread.
+/// \error FAILED_PRECONDITION FORKED
+Status CheckRuntime();
+
+/// Notes that this process uses gRPC from now on. Thread safety: any thread.
+void EnterRuntime();
 
 struct ForkSlot;
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, Union
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.cluster import EngineProcess
+from tests.support.cluster import EngineCaller, EngineProcess
 from tests.support.vllm_engine import llama_config
 from weightd import Ack, Actor
 
@@ -68,7 +68,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
 class Update(threading.Thread):
     """vLLM's calls of one update, made beside the sync, as a driver does."""
 
-    def __init__(self, engine: EngineProcess, model: str, version: int) -> None:
+    def __init__(self, engine: Union[EngineCaller, EngineProcess], model: str, version: int) -> None:
         super().__init__(daemon=True)
         self._engine, self._model, self._version = engine, model, version
         self.answer: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def train_and_sync(
     mesh: str,
     dtype: torch.dtype,
     first_version: int,
-    engine: EngineProcess,
+    engine: EngineCaller,
     folder: Path,
 ) -> list[str]:
     """One trainer rank: STEPS versions, each compared in the engine. Returns what went wrong."""

@@ -52,7 +52,9 @@ def test_llm_is_driven_and_its_death_in_mid_update_is_named_in_time(tmp_path: Pa
         assert sync["version"] == str(number) and sync["versions"] == [str(number)]
         assert max(sync["worst"]) < TOLERANCE
     killed = result["killed"]
-    assert killed["reason"] in ("PEER_LOST", "ENGINE_CALL"), killed
+    # A worker whose core is gone may still say so before it goes itself.
+    leaving = killed["reason"] == "ENGINE_REFUSED" and "shutting down" in killed["texts"][0]
+    assert leaving or killed["reason"] in ("PEER_LOST", "ENGINE_CALL"), killed
     assert killed["seconds"] < LIMIT_SECONDS and not killed["resumed"], killed
     assert any("mine" in text for text in killed["texts"]), killed
 

@@ -67,7 +67,7 @@ def test_engine_equals_a_fresh_one(tp_size: int, dtype: str, eager: bool, capsys
             version = 1
             for trainer_dtype in DTYPES:  # float32 last: the checkpoint is in float32
                 for mesh in MESHES:
-                    arguments = (MODEL, mesh, trainer_dtype, version, engine, cluster.folder)
+                    arguments = (MODEL, mesh, trainer_dtype, version, engine.caller, cluster.folder)
                     problems = run_ranks(4, train_and_sync, cluster.address, *arguments)
                     assert [text for part in problems for text in part] == []
                     version += STEPS

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tests.support.cluster import Cluster, EngineProcess
+from tests.support.cluster import Cluster, EngineCaller, EngineProcess
 from tests.support.gloo import run_ranks
 from tests.support.llama_trainer import Update, train_step
 from tests.support.vllm_engine import llama_config, missing_parts, start_vllm
@@ -42,7 +42,7 @@ def _model(case: str) -> nn.Module:
 
 
 def _train(
-    rank: int, address: str, case: str, engine: EngineProcess, folder: Path
+    rank: int, address: str, case: str, engine: EngineCaller, folder: Path
 ) -> list[str]:
     """One trainer rank; rank 0 drives vLLM and compares. Returns what went wrong."""
     model, whole = _model(case), _model(case)
@@ -84,7 +84,7 @@ def test_a_traced_engine_holds_what_its_own_loader_produces(case: str) -> None:
                 dtype="bfloat16",
                 tensor_parallel_size=2,
             )
-            problems = run_ranks(4, _train, cluster.address, case, engine, cluster.folder)
+            problems = run_ranks(4, _train, cluster.address, case, engine.caller, cluster.folder)
             assert [text for part in problems for text in part] == []
             assert "traced vLLM's own loader" in (cluster.folder / "engine.log").read_text()
             assert engine.call("call", method="weightd_content_size")[0] > 0

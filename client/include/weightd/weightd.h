@@ -19,8 +19,9 @@
  *   *_state, which may be called at any time. Objects are independent.
  * - After fork() the objects are unusable in the child, which inherits no descriptor of theirs; the
  *   parent goes on. In the child every call fails with FAILED_PRECONDITION FORKED, a state is {}
- * and close only frees the handle. New objects are refused alike in a child of a process that has
- *   opened one: gRPC's threads do not survive the fork. Start such processes by spawn or exec.
+ *   and close only frees the handle. New objects are refused alike in a child of a process in which
+ *   one had connected: gRPC's threads do not survive the fork. Start such processes by spawn or
+ *   exec.
  */
 #ifndef WEIGHTD_WEIGHTD_H_
 #define WEIGHTD_WEIGHTD_H_
@@ -120,7 +121,7 @@ typedef struct weightd_actor_options {
  * worker was lost it connects, registers and lends its memory again, with a backoff of 50 ms to 1
  * s.
  * \error UNAVAILABLE DAEMON_LOST if no daemon answers at the address
- * \error FAILED_PRECONDITION FORKED in a child of a process that has opened an actor or engine
+ * \error FAILED_PRECONDITION FORKED in a child of a process in which one had connected
  * \error FAILED_PRECONDITION PROTOCOL_VERSION if daemon and library speak different protocols
  * \error ALREADY_EXISTS DUPLICATE_RANK, INVALID_ARGUMENT WORLD_SIZE, ABORTED FENCED: see
  *   actor.proto */
