@@ -100,3 +100,17 @@ def test_imports_in_either_order(tmp_path: Path, start: str, first: bool) -> Non
         timeout=300,
     )
     assert run.returncode == 0 and "fine" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_workers_are_spawned_where_forked_ones_could_not_connect(used: bool) -> None:
+    script = "import os; from weightd import _native; from weightd.vllm import register; "
+    script += "_native.library(); " * used
+    script += "register(); print(os.environ.get('VLLM_WORKER_MULTIPROC_METHOD'))"
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT / "client" / "python")}
+    environment.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == ("spawn" if used else "None")

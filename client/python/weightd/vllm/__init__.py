@@ -7,6 +7,9 @@ that backend has loaded its model.
 
 from __future__ import annotations
 
+import os
+import sys
+
 BACKEND = "weightd"
 
 
@@ -24,6 +27,7 @@ def register() -> None:
     guard.install_in_core(BACKEND)
     worker_calls.install()
     register_trainer()
+    _spawn_workers()
 
 
 def register_trainer() -> None:
@@ -34,3 +38,14 @@ def register_trainer() -> None:
         WeightTransferTrainerFactory.register_engine(
             BACKEND, "weightd.vllm.trainer", "WeightdTrainerEngine"
         )
+
+
+def _spawn_workers() -> None:
+    """Lets vLLM spawn its workers where forked ones could not connect.
+
+    That is in a process that uses weightd already, say the trainer that starts its own engine. A
+    user's choice wins.
+    """
+    native = sys.modules.get("weightd._native")
+    if native is not None and native.library.cache_info().currsize:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
