@@ -171,6 +171,13 @@ void Coordinator::Committed(EngineSession& session, AttemptId attempt, const Sta
 void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker) {
   const std::lock_guard lock(mu_);
   const std::string device = worker->device();
+  // The successor may be here before the end of its predecessor's stream is seen.
+  if (workers_.contains(device)) {
+    LoseWorker(device, WithPeer(Error(StatusCode::kUnavailable, reason::kWorkerLost,
+                                      "clients attach again by themselves: sync again",
+                                      "the worker was replaced: device={}", device),
+                                "worker " + device));
+  }
   workers_[device] = std::move(worker);
   for (auto& [id, info] : members_) {
     info.attached.erase(device);
@@ -185,8 +192,12 @@ void Coordinator::WorkerDown(const WorkerPort* worker, const Status& cause) {
   const std::lock_guard lock(mu_);
   const std::string device = worker->device();
   const auto it = workers_.find(device);
-  if (it == workers_.end() || it->second.get() != worker) return;
-  workers_.erase(it);
+  if (it != workers_.end() && it->second.get() == worker) LoseWorker(device, cause);
+}
+
+/// Running syncs hear of it. \pre mu_ is held
+void Coordinator::LoseWorker(const std::string& device, const Status& cause) {
+  workers_.erase(device);
   for (auto& [id, info] : members_) info.attached.erase(device);
   for (auto& [name, room] : rooms_) {
     room->plans.ForgetLoaded(device);

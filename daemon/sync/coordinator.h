@@ -202,6 +202,7 @@ class Coordinator {
   void LendToTrainer(ModelRoom& room, const std::string& device);
   std::set<std::string> TrainerDevices(const ModelRoom& room) const;
   void RemoveMember(MemberId member);
+  void LoseWorker(const std::string& device, const Status& cause);
   void Post(ModelRoom& room, const Event& event);
   void Enqueue(ModelRoom& room, Job job);
   void RunJobs(ModelRoom& room);
