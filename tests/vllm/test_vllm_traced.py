@@ -22,6 +22,7 @@ from tests.support.gloo import run_ranks
 from tests.support.llama_trainer import Update, train_step
 from tests.support.vllm_engine import llama_config, missing_parts, start_vllm
 from weightd import Actor
+from weightd.trace_hf import tied_names
 
 pytestmark = pytest.mark.skipif(bool(missing_parts()), reason=missing_parts() or "-")
 
@@ -64,7 +65,9 @@ def _train(
             if [replica.committed for replica in ack.replicas] != [True]:
                 problems.append(f"version {version}: {ack!r}")
             source = folder / f"{version}.pt"
-            torch.save({name: t.clone() for name, t in whole.state_dict().items()}, source)
+            tied = tied_names(whole)  # vLLM's loader of Bloom does not know them
+            saved = {n: t.clone() for n, t in whole.state_dict().items() if n not in tied}
+            torch.save(saved, source)
             found = engine.call("call", method="weightd_compare", path=str(source))
             problems += [f"version {version}: {text}" for part in found for text in part]
     return problems

@@ -80,10 +80,23 @@ def saved_first(load_weights: LoadWeights, model: torch.nn.Module) -> LoadWeight
     """
     from transformers.core_model_loading import revert_weight_conversion
 
+    tied = tied_names(model)
+
     def convert(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from revert_weight_conversion(model, dict(pairs)).items()
+        saved = {name: tensor for name, tensor in pairs if name not in tied}
+        yield from revert_weight_conversion(model, saved).items()
 
     return lambda pairs: load_weights(convert(pairs))
+
+
+def tied_names(model: torch.nn.Module) -> set[str]:
+    """Names in a module's state that denote the same parameter as an earlier one.
+
+    ``save_pretrained`` leaves them out, so a loader of checkpoints need not know them.
+    """
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name for name, tensor in state.items() if first.setdefault(id(tensor), name) != name}
 
 
 def turned_first(load_weights: LoadWeights, model: torch.nn.Module) -> LoadWeights:

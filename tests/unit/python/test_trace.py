@@ -13,6 +13,7 @@ from torch import nn
 from tests.support.toy_engine import VOCAB, ToyEngine, ToyModel, described, expected
 from weightd import errors
 from weightd.trace import checkpoint_sources, module_sources, trace_loader
+from weightd.trace_hf import tied_names
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
 
@@ -325,3 +326,9 @@ def test_indices_made_beside_a_source_keep_their_values() -> None:
     layout = _trace(load, target, (4, 3))
     value = {"s0": torch.arange(12.0).reshape(4, 3)}
     assert torch.equal(described(layout, value)["p"], value["s0"][[1, 3]].double())
+
+
+def test_tied_names_are_those_of_a_parameter_that_came_before() -> None:
+    module = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    module["b"].weight = module["a"].weight
+    assert tied_names(module) == {"b.weight"}
