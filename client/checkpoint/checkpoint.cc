@@ -70,7 +70,7 @@ Status Checkpoint::ReadFiles() {
   StatusOr<MappedFile> index = Map(kIndex);
   if (index.ok()) return ReadIndex(*index);
   if (!IsMissing(index.status())) return index.status();
-  const Status status = AddFile(kSingle);
+  Status status = AddFile(kSingle);
   if (!IsMissing(status)) return status;
   return Error(StatusCode::kNotFound, reason::kCheckpoint,
                "push a directory as save_pretrained writes it; convert .bin files to safetensors",

@@ -33,7 +33,8 @@ Health JudgeEngine(const v1::GetStatusResponse& status, const std::string& engin
                       StateName(replica.state()));
       if (!replica.ready()) {
         const std::string& why = replica.error().message();
-        return {false, why.empty() ? what + ", not ready" : what + ": " + why};
+        return {false, why.empty() ? fmt::format("{}, not ready", what)
+                                   : fmt::format("{}: {}", what, why)};
       }
       ready +=
           fmt::format("{}{} with version {}", ready.empty() ? "" : "; ", what, replica.version());

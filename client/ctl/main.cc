@@ -179,4 +179,5 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace weightd::ctl
 
+// NOLINTNEXTLINE(bugprone-exception-escape): out of memory may end weightctl
 int main(int argc, char** argv) { return weightd::ctl::Main(argc, argv); }

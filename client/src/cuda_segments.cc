@@ -156,8 +156,9 @@ Status CudaSegmentSet::DescribePiece(DevicePtr address, CudaSegment* segment) {
     WEIGHTD_RETURN_IF_ERROR(EnsureDescriptors(kDescriptorsAhead));
   }
   cuda::AllocationHandle handle = 0;
-  const cuda::Result retained =
-      driver_->MemRetainAllocationHandle(&handle, reinterpret_cast<void*>(address));
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): the driver's addresses are integers
+  auto* const memory = reinterpret_cast<void*>(address);
+  const cuda::Result retained = driver_->MemRetainAllocationHandle(&handle, memory);
   if (retained != cuda::kSuccess) {
     return CannotLend(Message(driver_->ToStatus(retained, "cuMemRetainAllocationHandle")));
   }

@@ -60,7 +60,7 @@ std::optional<uint64_t> SpanBytes(const Dims& extent, const Dims& strides, size_
   __int128 last = 0;
   for (int d = 0; d < extent.size(); ++d) {
     if (strides[d] < 0) return std::nullopt;
-    last += static_cast<__int128>(extent[d] - 1) * strides[d];
+    last += (static_cast<__int128>(extent[d]) - 1) * strides[d];
     if (last >= kLimit) return std::nullopt;
   }
   const __int128 bytes = (last + 1) * static_cast<__int128>(element_bytes);

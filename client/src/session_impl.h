@@ -74,7 +74,7 @@ Status Session<Protocol>::RegisterAndWait(std::function<void()> install) {
     const uint64_t seen = view_.changes;
     const auto changed = [this, seen] { return view_.changes != seen; };
     if (changed_.wait_until(lock, wake, changed)) continue;
-    const Status cause = view_.last_error;
+    Status cause = view_.last_error;
     lock.unlock();
     Post([this] { lent_ = Lent::kNothing; });
     Publish([](View& view) { view.done = view.wanted, view.has_registration = false; });

@@ -384,8 +384,6 @@ def test_staged_tensors_arrive_like_lent_ones(cluster: Cluster, model: str) -> N
 
 
 def test_descriptors_do_not_leak_over_registrations(cluster: Cluster, model: str) -> None:
-    import os
-
     source = _source()
     with _Engine(cluster, model):
         with Actor(cluster.address, model=model, rank=0, world_size=1) as actor:
@@ -394,4 +392,5 @@ def test_descriptors_do_not_leak_over_registrations(cluster: Cluster, model: str
                 actor.register(source)
                 actor.sync(version)
                 counts.append(len(os.listdir("/proc/self/fd")))
-            assert len(set(counts[1:])) == 1, counts
+            # What earlier tests left to the garbage collector may go meanwhile; nothing may come.
+            assert counts[1:] == sorted(counts[1:], reverse=True), counts

@@ -76,7 +76,13 @@ def _bring_back(scene: Scene, victim: str) -> None:
     elif victim == "engine":
         scene.begin_engine(1).answer()
     elif victim == "daemon":
-        scene.start_daemon()
+        _restart_daemon(scene)
+
+
+def _restart_daemon(scene: Scene) -> None:
+    """Starts the daemon anew and lets the engine's ranks come back by themselves."""
+    scene.start_daemon()
+    poll("engine has come back", lambda: scene.engine_status()["registered"] == 2)
 
 
 def _check_answer(answer: dict[str, Any], victim: str, point: str, seconds: float) -> None:
@@ -157,7 +163,7 @@ def test_survivors_of_a_kill_at_registration(tmp_path: Path, victim: str) -> Non
             scene.worker_pid()
         scene.points.release("registered")
         if victim == "daemon":
-            scene.start_daemon()
+            _restart_daemon(scene)
         if victim in ("worker", "daemon"):
             late.answer(2 * SURVIVOR_SECONDS)
         else:

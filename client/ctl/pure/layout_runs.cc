@@ -20,7 +20,7 @@ void AddRows(const Write& write, const Shape& param, const TensorTable& table,
       start += write.source.origin[i] * source_strides[i];
     }
     for (int i = 0; i < dims; ++i) {
-      const int from = write.source_dim[static_cast<size_t>(i)];
+      const auto from = write.source_dim[static_cast<size_t>(i)];
       if (from >= 0) steps[i] = source_strides[from];
     }
   }

@@ -33,6 +33,8 @@
 extern "C" {
 #endif
 
+/* NOLINTBEGIN(readability-identifier-naming): names of a C ABI */
+
 #if defined(__GNUC__)
 #define WEIGHTD_API __attribute__((visibility("default")))
 #else
@@ -327,6 +329,8 @@ WEIGHTD_API weightd_error* weightd_engine_committed(weightd_engine* engine,
 
 /* As weightd_actor_close; the daemon is told that the engine leaves in order. */
 WEIGHTD_API void weightd_engine_close(weightd_engine* engine);
+
+/* NOLINTEND(readability-identifier-naming) */
 
 #ifdef __cplusplus
 }

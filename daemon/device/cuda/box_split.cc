@@ -135,7 +135,7 @@ void AppendRows(const WideBox& box, BoxImage& image) {
   // Two vectors, or one element, per lane at least; then several units share a warp.
   const uint64_t wanted = fast ? longest * size / kVectorBytes / 2 : longest;
   uint32_t lanes = 1;
-  while (lanes < kWarp && lanes * 2 <= wanted) lanes *= 2;
+  while (lanes < kWarp && uint64_t{lanes} * 2 <= wanted) lanes *= 2;
   desc.lanes = static_cast<uint8_t>(lanes);
   const uint64_t tile_bytes = desc.kind == BoxKind::kDigest ? kDigestBytes : kBlockBytes;
   const uint64_t units = CeilDiv(fast ? tile_bytes : kWarpBytes, longest * size);

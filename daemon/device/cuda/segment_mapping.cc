@@ -12,10 +12,11 @@ constexpr char kShareNamespace[] =
     "run trainer, engines and weightd in one PID and IPC namespace and give all of them the same "
     "GPUs, and keep the tensors allocated while they are registered";
 
+// NOLINTNEXTLINE(performance-no-int-to-ptr): the driver's addresses are integers
 std::byte* ToPointer(DevicePtr address) { return reinterpret_cast<std::byte*>(address); }
 
 /// Adds who lent the memory and what to do about it.
-Status CannotMap(Status cause, const std::string& label) {
+Status CannotMap(const Status& cause, const std::string& label) {
   const bool full = cause.code() == StatusCode::kResourceExhausted;
   return Error(full ? StatusCode::kResourceExhausted : StatusCode::kInvalidArgument,
                reason::kMemory, full ? "free memory on the worker's GPU" : kShareNamespace,
@@ -100,7 +101,7 @@ class PiecedSegment final : public LentSegment {
   Status MapPiece(int fd, uint64_t size) {
     const Driver& driver = context_->driver();
     AllocationHandle handle = 0;
-    // The driver takes the descriptor's number in place of a pointer.
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): the driver takes the descriptor in place of one
     void* os_handle = reinterpret_cast<void*>(static_cast<intptr_t>(fd));
     WEIGHTD_RETURN_IF_ERROR(
         driver.ToStatus(driver.MemImportFromShareableHandle(&handle, os_handle, kHandlePosixFd),

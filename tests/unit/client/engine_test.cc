@@ -134,8 +134,8 @@ TEST_CASE("an engine reports its truth to a new daemon only when no worker maps 
   rig.AwaitQuiesced();
   rig.worker.HoldUnmapping(true);
   rig.daemon->Stop();
-  const json lost = AwaitState(engine, [](const json& s) { return s["connected"] == false; });
-  CHECK(lost["state"] == "POISONED");
+  const json lost = AwaitState(engine, [](const json& s) { return s["state"] == "POISONED"; });
+  CHECK(lost["connected"] == false);
   CHECK(lost["error"]["reason"] == "DAEMON_LOST");
 
   rig.daemon = rig.NewDaemon();
