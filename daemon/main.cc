@@ -67,6 +67,7 @@ int Serve(const weightd::Config& config) {
 
 }  // namespace
 
+// NOLINTNEXTLINE(bugprone-exception-escape): out of memory at the start may end the daemon
 int main(int argc, char** argv) {
   CLI::App app{"weightd moves the weights of a language model from its trainer to its engines.",
                "weightd"};

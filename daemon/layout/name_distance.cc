@@ -27,6 +27,7 @@ size_t EditDistance(std::string_view a, std::string_view b) {
 std::vector<std::string> NearestNames(std::string_view name, const std::vector<std::string>& known,
                                       size_t count) {
   std::vector<std::pair<size_t, std::string>> ranked;
+  ranked.reserve(known.size());
   for (const std::string& candidate : known) {
     ranked.emplace_back(EditDistance(name.substr(0, 256), candidate), candidate);
   }

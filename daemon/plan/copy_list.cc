@@ -38,7 +38,7 @@ uint64_t CopyList::TargetElements(size_t position) const {
 }
 
 void CopyList::push_back(const Copy& copy) {
-  std::array<int64_t, 4 * kMaxDims> numbers;
+  std::array<int64_t, size_t{4} * kMaxDims> numbers;
   size_t count = 0;
   int64_t all_bits = 0;
   for (const Dims* dims :
@@ -52,7 +52,7 @@ void CopyList::push_back(const Copy& copy) {
   heads_.push_back({numbers_.size(), copy.write, copy.source_rank, copy.shard,
                     static_cast<int8_t>(copy.source.num_dims()),
                     static_cast<int8_t>(copy.target.num_dims()), wide});
-  std::array<uint32_t, 8 * kMaxDims> words;
+  std::array<uint32_t, size_t{8} * kMaxDims> words;
   size_t used = 0;
   for (size_t i = 0; i < count; ++i) {
     words[used++] = static_cast<uint32_t>(numbers[i]);

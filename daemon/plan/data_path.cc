@@ -78,7 +78,7 @@ StatusOr<PathChoice> ChoosePath(const Place& source, const Place& target, const 
 
 Status CheckServed(std::string_view device) {
   const Place place{std::string(device)};
-  const Status status = ChoosePath(place, place).status();
+  Status status = ChoosePath(place, place).status();
   if (status.ok()) return status;
   return Error(StatusCode::kInvalidArgument, reason::kConfig,
                "use a build of weightd for GPUs, or leave the device out of worker.devices",

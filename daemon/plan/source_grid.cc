@@ -10,7 +10,7 @@ namespace {
 
 /// Proves that a rank's lists belong to the table, so that they may be indexed without checks.
 Status CheckLists(const TensorTable& table, uint32_t rank, const RankShards& held) {
-  const auto refuse = [rank](std::string message) {
+  const auto refuse = [rank](const std::string& message) {
     return MakeError(StatusCode::kInvalidArgument, message,
                      {.reason = reason::kTableMismatch,
                       .rank = std::to_string(rank),

@@ -111,6 +111,7 @@ StatusOr<TilingIndex> TilingIndex::Build(const TensorInfo& tensor, uint32_t posi
   TilingIndex index;
   index.num_dims_ = static_cast<size_t>(tensor.shape.size());
   std::vector<Box> boxes;
+  boxes.reserve(claims.size());
   for (const Claim& claim : claims) boxes.push_back(claim.box);
   index.sweep_ = SweepDim(boxes);
   SortAlong(index.sweep_, claims);

@@ -117,7 +117,7 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
 
   Status OnParams(const v1::ParamsPage& page) {
     if (refused_) return absl::OkStatus();
-    const Status status = AppendParams(page);
+    Status status = AppendParams(page);
     refused_ = !status.ok();
     return status;
   }

@@ -54,6 +54,7 @@ void ProcessWatcher::Unwatch(uint64_t key) {
   Wake();
 }
 
+// NOLINTNEXTLINE(performance-unnecessary-value-param): as std::jthread hands it over
 void ProcessWatcher::Run(std::stop_token stop) {
   while (!stop.stop_requested()) {
     std::vector<pollfd> fds{{wake_.get(), POLLIN, 0}};

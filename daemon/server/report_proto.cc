@@ -84,8 +84,8 @@ std::string Describe(const v1::ProcessIdentity& process) {
 
 Status AppendShards(const v1::ShardsPage& page, RankShards& shards) {
   for (const v1::Box& proto : page.boxes()) {
-    WEIGHTD_ASSIGN_OR_RETURN(Box box, FromProto(proto));
-    shards.boxes.push_back(std::move(box));
+    WEIGHTD_ASSIGN_OR_RETURN(const Box box, FromProto(proto));
+    shards.boxes.push_back(box);
   }
   int next = 0;
   for (uint32_t count : page.boxes_per_tensor()) {

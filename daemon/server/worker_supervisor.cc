@@ -92,6 +92,7 @@ pid_t WorkerSupervisor::Spawn(const std::string& token, uint32_t generation) {
                                    command_.log_format};
   if (!command_.peer_check) args.emplace_back("--no-peer-check");
   std::vector<char*> argv;
+  argv.reserve(args.size() + 1);
   for (std::string& arg : args) argv.push_back(arg.data());
   argv.push_back(nullptr);
   // The token travels in the environment, which only the owner can read, not in the arguments,

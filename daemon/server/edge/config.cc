@@ -132,6 +132,7 @@ bool FromServiceDiscovery(std::string_view name) {
 Status ApplyEnvironment(const std::vector<std::string>& environment, Config* config) {
   const std::vector<Key> keys = config::BindKeys(config);
   std::vector<std::string> names;
+  names.reserve(keys.size());
   std::vector<std::string> prefixes;
   for (const Key& key : keys) names.push_back(key.Environment());
   for (const std::string& section : Sections(keys)) {
