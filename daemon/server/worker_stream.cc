@@ -87,7 +87,7 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
         event.device = device();
         event.attempt = FromProto(report.progress().attempt());
         event.bytes = report.progress().bytes_done();
-        return coordinator().WorkerEvent(std::move(event));
+        return coordinator().WorkerEvent(event);
       }
       case v1::WorkerReport::kDone:
         return OnDone(report.done());
@@ -119,7 +119,7 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
     if (loaded.digest().size() == event.digest.size()) {
       std::copy(loaded.digest().begin(), loaded.digest().end(), event.digest.begin());
     }
-    coordinator().WorkerEvent(std::move(event));
+    coordinator().WorkerEvent(event);
   }
 
   void OnDone(const v1::StepDone& done) {
@@ -140,7 +140,7 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
       event.digests.push_back(std::move(target));
     }
     coordinator().StagingUsed(port_->device(), done.staging_bytes());
-    coordinator().WorkerEvent(std::move(event));
+    coordinator().WorkerEvent(event);
   }
 
   void OnClosed() override {

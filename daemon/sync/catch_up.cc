@@ -22,7 +22,7 @@ Status CatchUpSession::Run() {
 
 Status CatchUpSession::Retain() {
   attempt_ = host_.NextAttempt();
-  const Status status = Copy(Step::kRetain);
+  Status status = Copy(Step::kRetain);
   Finish(status);
   return status;
 }

@@ -245,7 +245,7 @@ void Coordinator::MemberLost(const std::string& device, MemberId member, const s
   Post(*info.room, event);
 }
 
-void Coordinator::WorkerEvent(Event event) {
+void Coordinator::WorkerEvent(const Event& event) {
   const std::lock_guard lock(mu_);
   for (auto& [name, room] : rooms_) Post(*room, event);
 }

@@ -150,7 +150,7 @@ class Coordinator {
   void MemberAttached(const std::string& device, MemberId member, const Status& status);
   void MemberLost(const std::string& device, MemberId member, const std::string& cause);
   /// PlanLoaded, Progress and StepDone go to the job that waits for them.
-  void WorkerEvent(Event event);
+  void WorkerEvent(const Event& event);
   void StagingUsed(const std::string& device, uint64_t bytes) {
     observer_.OnStaging(device, bytes);
   }

@@ -139,7 +139,7 @@ Status SyncSession::Commit() {
 }
 
 // Report: nobody writes any more; engines and actors learn the outcome.
-SyncReport SyncSession::Report(Status error) {
+SyncReport SyncSession::Report(const Status& error) {
   phase_ = Phase::kReport;
   phase_start_ = Clock::now();
   Failpoint("before_ack");

@@ -64,7 +64,7 @@ class SyncSession {
   Status Transfer();
   Status Verify();
   Status Commit();
-  SyncReport Report(Status error);
+  SyncReport Report(const Status& error);
 
   // Runs one step: progress to the actors, time, phase on errors.
   Status RunPhase(Phase phase, Status (SyncSession::*step)());

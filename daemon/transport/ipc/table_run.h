@@ -26,6 +26,7 @@ struct LoadedTable {
 
 /// Streams on which one table runs at a time. Lanes run side by side. Move-only.
 /// Thread safety: none.
+// NOLINTNEXTLINE(bugprone-reserved-identifier): the compiler's own, for the move of an array
 class Lane {
  public:
   static StatusOr<Lane> Create(cuda::DeviceId device);
