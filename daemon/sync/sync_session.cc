@@ -22,7 +22,7 @@ SyncReport SyncSession::Run() {
     status = RunPhase(phase, step);
     if (!status.ok()) break;
   }
-  return Report(std::move(status));
+  return Report(status);
 }
 
 Status SyncSession::RunPhase(Phase phase, Status (SyncSession::*step)()) {

@@ -63,7 +63,7 @@ std::vector<Part> PartsOf(const RankLayout& layout) {
     boxes.clear();
     AppendChunks(WholeBox(param.shape), static_cast<int64_t>(kPartBytes / SizeBytes(param.dtype)),
                  boxes);
-    for (Box& box : boxes) parts.push_back({.param = i, .box = std::move(box)});
+    for (Box& box : boxes) parts.push_back({.param = i, .box = box});
   }
   return parts;
 }

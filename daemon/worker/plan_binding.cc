@@ -81,7 +81,7 @@ Status BindSources(const LoadedPlan& plan, const PinnedMembers& pinned, BoundPla
             Binding binding,
             BindBlock(cursor.Find(tensor, i - shards.first[tensor]), in.table[tensor].name,
                       entry->member->label(), box.extent, in.table[tensor].dtype));
-        bindings.push_back(std::move(binding));
+        bindings.push_back(binding);
       }
     }
   }

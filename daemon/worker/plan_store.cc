@@ -74,7 +74,7 @@ Status PlanAssembler::AddShards(const v1::RankShardsPage& page) {
   RankShards& shards = input_.shards[page.source()];
   for (const v1::Box& proto : page.boxes()) {
     WEIGHTD_ASSIGN_OR_RETURN(Box box, FromProto(proto));
-    shards.boxes.push_back(std::move(box));
+    shards.boxes.push_back(box);
   }
   if (shards.first.empty()) shards.first.push_back(0);
   uint64_t next = shards.first.back();
@@ -113,7 +113,7 @@ Status PlanAssembler::AddWrites(const v1::RankWritesPage& page) {
   }
   for (const v1::WriteSpec& spec : page.writes()) {
     WEIGHTD_ASSIGN_OR_RETURN(Write write, FromProto(spec));
-    layout.writes.push_back(std::move(write));
+    layout.writes.push_back(write);
   }
   return absl::OkStatus();
 }
