@@ -48,6 +48,7 @@ def vllm_environment(folder: Path, tp_size: int) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": bind,
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",  # tests read the log
         "VLLM_CACHE_ROOT": str(_ROOT / "build" / "vllm-cache"),
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
