@@ -41,7 +41,7 @@ _LOST_SECONDS = 3.0
 # google.rpc codes of a registration that will be refused again, whatever is waited for
 _FINAL_CODES = (3, 5, 12)
 _NO_RULE_FILE = ("UNKNOWN_ARCHITECTURE", "UNKNOWN_PROFILE")
-_TRIES = 3
+_TRACE_SECONDS = 10.0  # for the daemon to take a traced registration
 
 
 @dataclass
@@ -196,10 +196,13 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             self.rank.close()
             raise
         self.rank.register_layout(layout)
-        for _ in range(_TRIES):  # the refusal of an earlier try may still be on its way
+        deadline = time.monotonic() + _TRACE_SECONDS
+        while True:
             self._run(_Session(starting=True))
-            if _reason(self.rank.state) not in _NO_RULE_FILE:
-                break
+            # Until the daemon has answered, the state is the refusal of the registration before.
+            if _reason(self.rank.state) not in _NO_RULE_FILE or time.monotonic() > deadline:
+                return
+            time.sleep(_SLICE_SECONDS)
 
     def _run(self, session: _Session) -> None:
         """Keeps the parameters quiet until the session is over; converts when asked to."""
