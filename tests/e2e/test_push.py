@@ -3,7 +3,6 @@ bit."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import pty
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
 import torch
@@ -31,34 +30,12 @@ from tests.support.checkpoints import (
 )
 from tests.support.cluster import Cluster
 from tests.support.poisoned_engine import PoisonedEngine
+from tests.support.push_fixtures import checkpoint, cluster, model  # noqa: F401
 from weightd import Actor, errors
 
 pytestmark = pytest.mark.skipif(bool(missing_weightctl()), reason=missing_weightctl() or "-")
 
 NORM = "model.norm.weight"
-_models = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A daemon for all cases; each case has its own model key."""
-    with Cluster() as running:
-        yield running
-
-
-@pytest.fixture
-def model() -> str:
-    """A key that no other case uses."""
-    return f"push-{next(_models)}"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sharded Llama; tests that change it copy it."""
-    folder = tmp_path_factory.mktemp("llama")
-    save_model(LLAMA, folder, "8KB")
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    return folder
 
 
 @pytest.mark.parametrize(
