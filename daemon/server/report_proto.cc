@@ -47,6 +47,7 @@ v1::SyncResult ToProto(const SyncReport& report) {
     time->set_duration_us(micros);
   }
   proto.set_bytes(report.bytes);
+  proto.set_pause_us(report.pause_us);
   if (!report.error.ok()) *proto.mutable_error() = ToProto(report.error);
   return proto;
 }

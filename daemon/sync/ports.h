@@ -47,6 +47,7 @@ struct SyncReport {
   std::vector<std::pair<Phase, uint64_t>> phases;  ///< microseconds, in order
   uint64_t bytes = 0;                              ///< landed, all replicas
   std::map<std::string, uint64_t> path_bytes;      ///< the same by path, zero fill left out
+  uint64_t pause_us = 0;  ///< longest time that a replica held still for; 0 if none did
 };
 
 struct SyncProgress {

@@ -36,6 +36,7 @@ Status SyncSession::Handle(const Event& event) {
     case Event::Kind::kQuiesced:
     case Event::Kind::kCommitted:
       if (run == nullptr || run->waiting.erase(event.member) == 0) return absl::OkStatus();
+      if (run->held_since == Clock::time_point{}) run->held_since = Clock::now();
       run->caches.insert(run->caches.end(), event.caches.begin(), event.caches.end());
       if (!event.status.ok()) Fail(*run, event.status);
       return absl::OkStatus();

@@ -169,6 +169,9 @@ SyncReport SyncSession::Report(const Status& error) {
     outcome.verified = run.committed ? run.view.verified() : "";
     outcome.caches_reset = run.caches;
     TellEngines(run, outcome);
+    if (run.held_since != Clock::time_point{}) {
+      report.pause_us = std::max(report.pause_us, MicrosSince(run.held_since));
+    }
     if (run.committed) {
       ++committed;
       if (!run.already) {

@@ -52,6 +52,7 @@ class SyncSession {
     std::map<uint32_t, TargetDigests> target_digests;
     std::map<std::string, uint64_t> bytes_done;  // by device
     std::vector<std::string> caches;
+    Clock::time_point held_since;  // when its first rank held still; unset until then
     bool viable() const { return error.ok(); }
     bool touched() const { return !writers.empty(); }
   };

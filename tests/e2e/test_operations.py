@@ -205,7 +205,8 @@ def test_every_command_speaks_json(cluster: Cluster, tmp_path: Path) -> None:
         assert _json(cluster, "health")["healthy"] is True
         engine = _json(cluster, "engines")["models"][0]["engines"][0]
         assert engine["state"] == "ENGINE_STATE_SERVING" and engine["ready"] is True
-        assert _json(cluster, "versions")["models"][0]["history"][0]["version"] == "1"
+        (latest,) = _json(cluster, "versions")["models"][0]["history"]
+        assert latest["version"] == "1" and int(latest["pause_us"]) > 0
         plan = _json(cluster, "plan", "show", "--model", "m")
         assert int(plan["total_bytes"]) > 0 and plan["pairs"] and plan["predicted_seconds"] > 0
         text = _weightctl(cluster, "plan", "show", "--tensor", "layers.1.self_attn.k_proj")

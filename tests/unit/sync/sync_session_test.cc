@@ -22,6 +22,7 @@ TEST_CASE("a sync runs every phase in order and acknowledges what it verified") 
   CHECK(phases == std::vector<Phase>{Phase::kAdmit, Phase::kResolveLayouts, Phase::kBuildPlan,
                                      Phase::kPrepare, Phase::kTransfer, Phase::kVerify,
                                      Phase::kCommit, Phase::kReport});
+  CHECK(report.pause_us > 0);
   for (const auto& actor : fixture.actors) CHECK(actor->report->error.ok());
 }
 
@@ -80,6 +81,7 @@ TEST_CASE("a layout error refuses the sync before anything is prepared") {
   const SyncReport report = fixture.Sync(1);
   CHECK(FieldsOf(report.error).reason == reason::kUncoveredParameter);
   CHECK(FieldsOf(report.error).phase == "resolve_layouts");
+  CHECK(report.pause_us == 0);
   CHECK(fixture.outcomes.empty());
   CHECK(fixture.idle ==
         Strings{"engine e0: 1 UNCOVERED_PARAMETER", "engine e1: 1 UNCOVERED_PARAMETER"});
