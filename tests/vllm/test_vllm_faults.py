@@ -4,6 +4,7 @@ served, and who comes back catches up.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -26,6 +27,7 @@ PROMPTS = [[5, 6, 7, 8]]
 TP_SIZE = 2
 _PATIENCE_SECONDS = 30.0
 _GOOD_SYNCS = 10
+_NOTICE_SECONDS = 1.0  # for the daemon to see a death before a stopped worker goes on
 
 
 class Trainer:
@@ -138,6 +140,34 @@ def _open(cluster: Cluster, name: str = "vllm") -> EngineProcess:
     return engine
 
 
+def _train_once(address: str, version: int) -> None:
+    with Actor(address, model=MODEL, rank=0, world_size=1) as actor:
+        actor.register(make_model(torch.float32))
+        actor.sync(version)
+
+
+def _seconds_after_trainers_death(
+    cluster: Cluster, engine: EngineProcess, point: Failpoints, version: int
+) -> float:
+    """Kills a trainer whose first window has been written; returns how long vLLM's calls went on."""
+    context = multiprocessing.get_context("spawn")
+    trainer = context.Process(target=_train_once, args=(cluster.address, version))
+
+    def kill(_: int) -> None:
+        trainer.kill()
+        time.sleep(_NOTICE_SECONDS)
+
+    thread = _when(point, "window.0", kill)
+    trainer.start()
+    update = Update(engine, MODEL, version)
+    thread.join()
+    begin = time.monotonic()
+    update.result()
+    trainer.join()
+    assert trainer.exitcode == -signal.SIGKILL
+    return time.monotonic() - begin
+
+
 def test_failed_syncs_then_ten_good_ones(cluster: Cluster, tmp_path: Path) -> None:
     point = Failpoints(tmp_path)
     cluster.stop_daemon()
@@ -173,6 +203,13 @@ def test_failed_syncs_then_ten_good_ones(cluster: Cluster, tmp_path: Path) -> No
         assert differences == [[]] * TP_SIZE
         (answer,) = engine.call("generate", prompts=PROMPTS, count=2)
         assert set(answer["versions"]) == {str(_GOOD_SYNCS)}
+
+        # The trainer dies while its weights are written; the next one heals the engine.
+        trainer.close()
+        assert _seconds_after_trainers_death(cluster, engine, point, _GOOD_SYNCS + 1) < 5
+        assert [state["state"] for state in _states(engine)] == ["POISONED"] * TP_SIZE
+        trainer = Trainer(cluster)
+        assert trainer.sync(_GOOD_SYNCS + 1, engine).replicas[0].committed
     except BaseException:
         print(cluster.logs())
         raise
@@ -248,6 +285,8 @@ def test_killed_vllm_worker_is_named_and_a_restarted_vllm_catches_up(
         again = _open(cluster, "again")
         states = _states(again)
         assert [(state["state"], state["version"]) for state in states] == [("SERVING", 1)] * 2
+        (answer,) = again.call("generate", prompts=PROMPTS, count=2)
+        assert set(answer["versions"]) == {"1"}
         differences = again.call("call", method="weightd_compare", path=source)
         assert differences == [[]] * TP_SIZE
         trainer.sync(3, again)

@@ -25,6 +25,7 @@ def register() -> None:
         )
     post_load.install()
     guard.install_in_core(BACKEND)
+    guard.install_version_in_core(BACKEND)
     worker_calls.install()
     register_trainer()
     _spawn_workers()

@@ -1,4 +1,4 @@
-"""Keeps vLLM from running a model whose parameters may be torn."""
+"""Keeps vLLM from running a model whose parameters may be torn, and from misnaming what it runs."""
 
 from __future__ import annotations
 
@@ -71,6 +71,33 @@ def install_in_core(backend: str) -> None:
 
     resume_scheduler.weightd_original = original  # type: ignore[attr-defined]
     EngineCore.resume_scheduler = resume_scheduler
+
+
+def install_version_in_core(backend: str) -> None:
+    """Lets vLLM's outputs name the version that its workers caught up with while it started.
+
+    vLLM learns a version from ``finish_weight_update`` only. Does nothing the second time.
+
+    Args:
+        backend: of the engines that are concerned.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    original = EngineCore._initialize_kv_caches  # runs once the workers have their weights
+    if hasattr(original, "weightd_original"):
+        return
+
+    @functools.wraps(original)
+    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        transfer = vllm_config.weight_transfer_config
+        if transfer is not None and transfer.backend == backend:
+            versions = set(self.model_executor.collective_rpc("weightd_version"))
+            if len(versions) == 1 and versions != {0}:
+                self._weight_version = str(versions.pop())
+        return original(self, vllm_config)
+
+    _initialize_kv_caches.weightd_original = original  # type: ignore[attr-defined]
+    EngineCore._initialize_kv_caches = _initialize_kv_caches
 
 
 def agree(flag: bool) -> bool:

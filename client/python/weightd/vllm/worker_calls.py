@@ -22,6 +22,7 @@ def install() -> None:
     if hasattr(Worker, "weightd_engine"):
         return
     Worker.weightd_engine = _weightd_engine
+    Worker.weightd_version = _weightd_version
     Worker.start_weight_update = _start_anew(Worker.start_weight_update)
     Worker.finish_weight_update = _finish_if_open(Worker.finish_weight_update)
 
@@ -31,6 +32,12 @@ def _weightd_engine(worker: Any) -> str:
     from weightd.vllm.settings import settings_of
 
     return settings_of(worker.vllm_config).engine
+
+
+def _weightd_version(worker: Any) -> int:
+    """Version that this worker holds and may compute with; 0: none."""
+    state = worker.weight_transfer_engine.rank.state
+    return 0 if state["dirty"] else int(state["version"])
 
 
 def _is_ours(worker: Any) -> bool:
