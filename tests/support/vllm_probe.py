@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
+from pathlib import Path
 from typing import Any, Iterator
+from unittest import mock
 
 import torch
 
 _SEED = 11
+_DEPTH = 3  # of objects below a module
 
 
 class Probe:
@@ -28,21 +32,20 @@ class Probe:
         }
 
     def weightd_compare(self, path: str) -> list[str]:
-        """Compares the worker's weights, bit by bit, with what vLLM itself makes of a file.
+        """Compares the worker's weights, bit by bit, with what vLLM itself makes of a checkpoint.
 
-        vLLM's own ``reload_weights`` loads the file into this worker after its present content was
-        kept. Packed weights, which cannot be read, are compared through what the layers compute.
+        A second model is built beside the running one and filled by vLLM's own loader and post-load
+        step; the running one is left alone. Packed weights, which cannot be read, are compared
+        through what the layers compute.
 
         Args:
-            path: full tensors under Hugging Face names.
+            path: a checkpoint's folder, or a file of full tensors under Hugging Face names.
 
         Returns:
             The differences.
         """
         mine = dict(content(self.model_runner.model))
-        source = torch.load(path)
-        self.model_runner.reload_weights(weights_iterator=iter(source.items()))
-        theirs = dict(content(self.model_runner.model))
+        theirs = dict(content(_load_beside(self.vllm_config, path)))  # type: ignore[attr-defined]
         differences = [f"only on one side: {name}" for name in mine.keys() ^ theirs.keys()]
         for name in mine.keys() & theirs.keys():
             if not same_bits(mine[name], theirs[name]):
@@ -53,6 +56,30 @@ class Probe:
         """How many tensors and outputs `weightd_compare` compares."""
         return sum(1 for _ in content(self.model_runner.model))
 
+    def weightd_leave(self) -> None:
+        """Takes the worker's parameters back from weightd, as at the engine's end."""
+        self.weight_transfer_engine.shutdown()
+
+    def weightd_rejoin(self, layout: str) -> dict[str, Any]:
+        """Registers the worker anew, as at an engine's start, after all ranks have left.
+
+        Args:
+            layout: as in the settings.
+
+        Returns:
+            As `weightd_state`.
+        """
+        config = self.vllm_config  # type: ignore[attr-defined]
+        config.additional_config["weightd"]["layout"] = layout
+        left = self.weight_transfer_engine
+        # What the post-load step did cannot be looked at again: other weights are in place now.
+        known = mock.patch("weightd.vllm.engine.parameters_of", lambda *_: left.parameters)
+        with known:
+            self.weight_transfer_engine = type(left)(
+                left.config, config, left.device, self.model_runner.get_model()
+            )
+        return self.weightd_state()
+
     def weightd_kill(self, rank: int) -> None:
         """Kills the worker of that rank."""
         if self.rank == rank:  # type: ignore[attr-defined]
@@ -60,9 +87,17 @@ class Probe:
 
 
 def content(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Copies of all parameters, and outputs of all layers with a weight of two dimensions."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, parameter.detach().clone()
+    """Copies of all tensors that modules hold, and outputs of all layers with a linear weight.
+
+    Parameters, buffers, and copies that a post-load step made, in attributes of modules or of what
+    they consist of (MLA's projections lie in its backend); not the KV cache.
+    """
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for key, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None:
+                yield f"{name}.{key}", tensor.detach().clone()
+        yield from _attributes(module, name, seen)
     with torch.inference_mode():
         for name, module in model.named_modules():
             width = _input_width(module)
@@ -71,10 +106,64 @@ def content(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{name}(...)", module.quant_method.apply(module, inputs, None).clone()
 
 
+def _attributes(
+    owner: Any, name: str, seen: set[int], depth: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors among the attributes of an object, and of vLLM's own objects among these."""
+    for key, value in vars(owner).items():
+        if key.startswith(("kv_cache", "_parameters", "_buffers", "_modules")):
+            continue
+        if isinstance(value, torch.Tensor):
+            yield f"{name}.{key}", value.detach().clone()
+            continue
+        package = type(value).__module__
+        ours = package.startswith("vllm.") and not package.startswith("vllm.config")
+        if isinstance(value, torch.nn.Module) or not ours or not hasattr(value, "__dict__"):
+            continue
+        if depth < _DEPTH and id(value) not in seen:
+            seen.add(id(value))
+            yield from _attributes(value, f"{name}.{key}", seen, depth + 1)
+
+
+def _load_beside(vllm_config: Any, path: str) -> torch.nn.Module:
+    """A second model of this worker, loaded as vLLM loads one at its start."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import (
+        initialize_model,
+        process_weights_after_loading,
+    )
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    # Layers enter themselves by name into the configuration that they are built with.
+    own = copy.copy(vllm_config)
+    own.compilation_config = copy.copy(vllm_config.compilation_config)
+    own.compilation_config.static_forward_context = {}
+    own.compilation_config.static_all_moe_layers = []
+    model_config = vllm_config.model_config
+    with set_current_vllm_config(own), set_default_torch_dtype(model_config.dtype):
+        with torch.device("cpu"):
+            model = initialize_model(vllm_config=own)
+        model.load_weights(_tensors(Path(path)))
+        process_weights_after_loading(model, model_config, torch.device("cpu"))
+    return model.eval()
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    if not path.is_dir():
+        yield from torch.load(path).items()
+        return
+    from safetensors.torch import load_file
+
+    for file in sorted(path.glob("*.safetensors")):
+        yield from load_file(file).items()
+
+
 def _input_width(module: torch.nn.Module) -> int:
     """Input features of a linear layer or head; 0 for other modules."""
     if not hasattr(module, "quant_method") or not hasattr(module, "weight"):
         return 0
+    if module.weight.numel() == 0 and hasattr(module, "_cpu_skip_gemm_dispatch"):
+        return 0  # its attention layer has taken the weight
     width = getattr(module, "input_size_per_partition", getattr(module, "embedding_dim", 0))
     return int(width)
 

@@ -36,6 +36,7 @@ CASES = {
     "llama-bf16": ("llama", "bfloat16", {}),
     "llama-f32": ("llama", "float32", {}),
     "llama-tied-f32": ("llama", "float32", {"tie_word_embeddings": True}),
+    "qwen2-biases-bf16": ("qwen2", "bfloat16", {}),  # float32 biases beside AMX kernels
     "qwen2-biases-f32": ("qwen2", "float32", {}),
     "qwen3_moe-bf16": ("qwen3_moe", "bfloat16", _EXPERTS),
     "qwen3_moe-f32": ("qwen3_moe", "float32", _EXPERTS),

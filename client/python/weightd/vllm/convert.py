@@ -16,6 +16,7 @@ from weightd.vllm.post_load import (
     ModuleChange,
     TensorMark,
     full_name,
+    is_cast,
     is_deferred_attention,
     own_parameters,
 )
@@ -28,11 +29,13 @@ class Derived:
     Attributes:
         change: what that step did when the model was loaded.
         staged: buffers in loadable layout, by attribute.
+        read_later: an attention layer's step, which runs after its own, reads what it has filled.
         kernel: parameters, buffers and names of non-persistent buffers as the engine uses them.
     """
 
     change: ModuleChange
     staged: dict[str, Any] = field(default_factory=dict)
+    read_later: bool = False
     kernel: tuple[dict[str, Any], dict[str, Any], set[str]] = field(
         default_factory=lambda: ({}, {}, set())
     )
@@ -66,6 +69,7 @@ class Parameters:
             if is_deferred_attention(change.module)
             and any(id(part) in filled for part in change.module.modules())
         ]
+        self._mark_read_later()
         self.kinds: dict[str, str] = {}
         buffers = self._stage()
         self.pairs = self._collect(buffers, record.born)
@@ -100,9 +104,29 @@ class Parameters:
             for derived in self._derived:
                 _convert_module(derived)
             for module in self._attention:
-                module.process_weights_after_loading(model_config.dtype)
+                self._process_attention(module, model_config.dtype)
             if self._hook:
                 self._model.process_weights_after_loading()
+
+    def _mark_read_later(self) -> None:
+        readers = [part for module in self._attention for part in module.modules()]
+        read = {id(part) for part in readers}
+        for derived in self._derived:
+            derived.read_later = id(derived.change.module) in read
+
+    def _process_attention(self, module: Any, dtype: Any) -> None:
+        """Runs the step of an attention layer; only then its parts take the kernel's form."""
+        from vllm.model_executor.model_loader.reload.layerwise import (
+            _copy_and_restore_kernel_tensors,
+        )
+
+        module.process_weights_after_loading(dtype)
+        parts = {id(part) for part in module.modules()}
+        for derived in self._derived:
+            if derived.staged and id(derived.change.module) in parts:
+                info = _kernel_info(derived)
+                _copy_and_restore_kernel_tensors(derived.change.module, info)
+                info.reset()
 
     def _stage(self) -> dict[str, Any]:
         """Makes a buffer for every derived parameter that did not stay in place."""
@@ -123,7 +147,7 @@ class Parameters:
                 self.kinds[name] = "derived"
                 if attribute in change.kept:
                     continue
-                _check_repeatable(module, name, attribute)
+                _check_repeatable(module, name, attribute, mark)
                 buffer = by_mark.get(mark)
                 if buffer is None:
                     buffer = torch.empty_strided(
@@ -149,14 +173,16 @@ class Parameters:
         return lent + listed
 
 
-def _check_repeatable(module: Any, name: str, attribute: str) -> None:
-    """Makes sure that the parameter can be put back into its loadable form."""
+def _check_repeatable(module: Any, name: str, attribute: str, mark: TensorMark) -> None:
+    """Makes sure that the parameter can be put back into its loadable form, or was only cast."""
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     method = getattr(module, "quant_method", None)
     parameters, _ = get_layerwise_info(module).restore_metadata
-    if isinstance(method, QuantizeMethodBase) and attribute in parameters:
+    # vLLM keeps no loadable form of a bias; a copy into the kernel's form casts it again.
+    cast = is_cast(module._parameters.get(attribute), mark)
+    if isinstance(method, QuantizeMethodBase) and (attribute in parameters or cast):
         return
     raise EngineError(
         f"vLLM changed a parameter after loading in a way that it cannot repeat: "
@@ -174,19 +200,14 @@ def _convert_module(derived: Derived) -> None:
     if not derived.staged:
         _process(module)
         return
-    from vllm.model_executor.model_loader.reload.layerwise import (
-        _layerwise_process,
-        get_layerwise_info,
-    )
+    from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process
     from vllm.model_executor.model_loader.reload.meta import (
         materialize_layer,
         restore_layer_on_meta,
     )
 
-    info = get_layerwise_info(module)
-    parameters, buffers, non_persistent = derived.kernel
-    info.kernel_tensors = (parameters, buffers)
-    info.kernel_non_persistent_buffers = non_persistent
+    info = _kernel_info(derived)
+    parameters, buffers, _ = derived.kernel
     restore_layer_on_meta(module, info)
     materialize_layer(module, info)
     for attribute, tensor in (module._parameters | module._buffers).items():
@@ -196,7 +217,20 @@ def _convert_module(derived: Derived) -> None:
         if tensor is not None and source is not None and tensor is not source:
             tensor.data.copy_(source)
     _forget_first_load(module)
+    if derived.read_later:
+        info.kernel_tensors = None  # leaves its result in place
     _layerwise_process(module, info)
+
+
+def _kernel_info(derived: Derived) -> Any:
+    """What vLLM's reload knows of a module, with the tensors that its kernel uses."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    info = get_layerwise_info(derived.change.module)
+    parameters, buffers, non_persistent = derived.kernel
+    info.kernel_tensors = (parameters, buffers)
+    info.kernel_non_persistent_buffers = non_persistent
+    return info
 
 
 def _process(module: Any) -> None:

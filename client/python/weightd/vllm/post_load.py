@@ -127,9 +127,9 @@ class Snapshot:
         left_alone = {(mark.address, mark.dtype) for mark in self._kept(model, marks)}
         changed: set[int] = set()
         for name, module in model.named_modules():
-            if self._is_changed(name, module, marks, left_alone):
+            if self._is_changed(name, module, marks, left_alone) or _reads_parts(module):
                 changed.add(id(module))
-                if is_deferred_attention(module):  # its step reads what its children hold
+                if is_deferred_attention(module):
                     changed |= {id(part) for part in module.modules()}
         changes = []
         for name, module in model.named_modules():
@@ -182,6 +182,21 @@ def is_deferred_attention(module: Any) -> bool:
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
 
     return bool(is_deferred_attention_layer(module))
+
+
+def _reads_parts(module: Any) -> bool:
+    """True for attention layers whose step reads what their parts hold, as MLA's does.
+
+    What it makes of them may lie where it is not seen, e.g. in the layer's backend.
+    """
+    return is_deferred_attention(module) and next(module.parameters(), None) is not None
+
+
+def is_cast(tensor: Optional[Any], mark: TensorMark) -> bool:
+    """True if the tensor has the marked shape and, cast back to the marked dtype, its content."""
+    if tensor is None or tuple(tensor.shape) != mark.shape:
+        return False
+    return _digest(tensor.to(mark.dtype)) == mark.digest
 
 
 def own_parameters(model: Any) -> Iterator[tuple[str, Any]]:
