@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from weightd.vllm import post_load
-from weightd.vllm.post_load import LoadRecord, Snapshot
+from weightd.vllm.post_load import LoadRecord, Snapshot, is_cast
 
 
 class Attention(nn.Module):
@@ -45,6 +45,10 @@ def _record(step: Callable[[Model], Any]) -> LoadRecord:
     return before.compare(model)
 
 
+# Whatever its step does with its children: the result may lie where no comparison finds it.
+_ALWAYS = {"attention": set(), "attention.kv": {"weight"}}
+
+
 def _changed(step: Callable[[Model], Any]) -> dict[str, set[str]]:
     """Names of changed modules, with what stayed in place in each."""
     return {change.name: change.kept for change in _record(step).changes}
@@ -68,7 +72,7 @@ def test_what_is_left_alone_is_no_change() -> None:
         model.linear.processed = True
         model.attention.scale = 0.5
 
-    assert _changed(step) == {}
+    assert _changed(step) == _ALWAYS
 
 
 def _delete(model: Model) -> None:
@@ -78,7 +82,7 @@ def _delete(model: Model) -> None:
 @pytest.mark.parametrize("step", [_repack_in_place, _move, _remove, _delete])
 def test_repacked_moved_and_removed_parameters_are_found(step: Callable[[Model], None]) -> None:
     record = _record(step)
-    assert [change.name for change in record.changes] == ["linear"]
+    assert [change.name for change in record.changes] == ["linear", *_ALWAYS]
     assert record.changes[0].loadable.keys() == {"weight", "bias"}
     assert record.changes[0].kept == {"bias"}
 
@@ -88,7 +92,7 @@ def test_a_packed_copy_that_only_a_closure_holds_is_found() -> None:
         packed = [model.head.weight.detach().clone()]
         model.head.run = lambda x: x @ packed[0]
 
-    assert _changed(step) == {"head": {"weight"}}
+    assert _changed(step) == {"head": {"weight"}, **_ALWAYS}
 
 
 def test_attention_that_keeps_a_copy_takes_its_children_along() -> None:
@@ -103,10 +107,19 @@ def test_attention_that_keeps_a_copy_takes_its_children_along() -> None:
 
 def test_a_view_of_memory_that_was_left_alone_needs_nothing() -> None:
     def step(model: Model) -> None:
-        model.attention.w_uv = nn.Parameter(model.attention.kv.weight.detach()[1:])
+        model.linear.part = nn.Parameter(model.linear.weight.detach()[1:])
 
     record = _record(step)
-    assert (record.changes, record.born) == ([], {"attention.w_uv"})
+    assert [change.name for change in record.changes] == [*_ALWAYS]
+    assert record.born == {"linear.part"}
+
+
+def test_a_parameter_that_was_only_cast_is_known_as_such() -> None:
+    bias = torch.randn(8).to(torch.bfloat16)
+    mark = post_load._mark(bias, {})
+    assert is_cast(bias.float(), mark)
+    assert not is_cast(bias.float() + 1, mark) and not is_cast(bias.float()[:7], mark)
+    assert not is_cast(None, mark)
 
 
 def test_content_is_read_without_tying_it_to_numpy() -> None:
