@@ -80,6 +80,10 @@ class Probe:
             )
         return self.weightd_state()
 
+    def weightd_post_load_seconds(self) -> float:
+        """Seconds that vLLM's own post-load steps took in the last sync."""
+        return self.weight_transfer_engine.parameters.step_seconds()
+
     def weightd_kill(self, rank: int) -> None:
         """Kills the worker of that rank."""
         if self.rank == rank:  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ memory; at commit vLLM's own post-load step makes the kernel's form out of it, o
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -21,6 +22,8 @@ from weightd.vllm.post_load import (
     own_parameters,
 )
 
+_OWN_USERS = 2  # of a storage, if nobody has it but a tensor and the storage object at hand
+
 
 @dataclass
 class Derived:
@@ -31,6 +34,9 @@ class Derived:
         staged: buffers in loadable layout, by attribute.
         read_later: an attention layer's step, which runs after its own, reads what it has filled.
         kernel: parameters, buffers and names of non-persistent buffers as the engine uses them.
+        read_only: staged attributes that the step reads and lets go of, which may be given to it as
+            they are; None until it has run once.
+        step_seconds: that vLLM's own step took the last time.
     """
 
     change: ModuleChange
@@ -39,6 +45,8 @@ class Derived:
     kernel: tuple[dict[str, Any], dict[str, Any], set[str]] = field(
         default_factory=lambda: ({}, {}, set())
     )
+    read_only: Optional[set[str]] = None
+    step_seconds: float = 0.0
 
 
 class Parameters:
@@ -90,6 +98,10 @@ class Parameters:
         """Bytes of the buffers in loadable layout."""
         tensors = {id(t): t for d in self._derived for t in d.staged.values()}
         return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def step_seconds(self) -> float:
+        """Seconds that vLLM's own post-load steps took in the last sync."""
+        return sum(derived.step_seconds for derived in self._derived)
 
     def convert(self, model_config: Any) -> None:
         """Runs the post-load step of everything that is derived, on what was received.
@@ -198,7 +210,9 @@ def _convert_module(derived: Derived) -> None:
     """Puts one module back into its loadable form, fills it and lets vLLM process it."""
     module = derived.change.module
     if not derived.staged:
+        begin = time.perf_counter()
         _process(module)
+        derived.step_seconds = time.perf_counter() - begin
         return
     from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process
     from vllm.model_executor.model_loader.reload.meta import (
@@ -209,17 +223,54 @@ def _convert_module(derived: Derived) -> None:
     info = _kernel_info(derived)
     parameters, buffers, _ = derived.kernel
     restore_layer_on_meta(module, info)
+    for attribute in derived.read_only or ():
+        _give(module, attribute, derived.staged[attribute])
     materialize_layer(module, info)
-    for attribute, tensor in (module._parameters | module._buffers).items():
-        source = derived.staged.get(attribute)
-        if source is None:
-            source = parameters.get(attribute, buffers.get(attribute))
-        if tensor is not None and source is not None and tensor is not source:
-            tensor.data.copy_(source)
+    _fill(module, {**buffers, **parameters, **derived.staged})
+    given = {key: module._parameters[key].data for key in derived.staged}
     _forget_first_load(module)
     if derived.read_later:
         info.kernel_tensors = None  # leaves its result in place
+    begin = time.perf_counter()
     _layerwise_process(module, info)
+    derived.step_seconds = time.perf_counter() - begin
+    if derived.read_only is None:
+        derived.read_only = {
+            key for key, tensor in given.items() if _is_let_go(tensor, derived.staged[key])
+        }
+
+
+def _give(module: Any, attribute: str, buffer: Any) -> None:
+    """Makes a buffer the parameter of a module whose parameters are on the meta device."""
+    form = module._parameters[attribute]
+    parameter = buffer.detach()
+    parameter.__class__ = form.__class__
+    parameter.__dict__ = form.__dict__.copy()
+    setattr(module, attribute, parameter)
+
+
+def _fill(module: Any, sources: dict[str, Any]) -> None:
+    for attribute, tensor in (module._parameters | module._buffers).items():
+        source = sources.get(attribute)
+        if tensor is None or source is None or tensor is source:
+            continue
+        if tensor.numel() == 0 or tensor.data_ptr() != source.data_ptr():
+            tensor.data.copy_(source)
+
+
+def _is_let_go(given: Any, buffer: Any) -> bool:
+    """True if a step has left what it was given unchanged, and nothing refers to it any more.
+
+    A copy was given; the next time the buffer itself can be. (It stays as it was received, for
+    engines that catch up, and the next sync may write it.)
+    """
+    import torch
+
+    if given.dtype != buffer.dtype:
+        return False
+    storage = given.untyped_storage()
+    users = torch._C._storage_Use_Count(storage._cdata)
+    return users == _OWN_USERS and torch.equal(given, buffer)
 
 
 def _kernel_info(derived: Derived) -> Any:
