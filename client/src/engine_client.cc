@@ -1,22 +1,14 @@
 #include "client/src/engine_client.h"
 
-#include <random>
 #include <utility>
 
 #include "client/src/pages.h"
 #include "client/src/process_identity.h"
 #include "client/src/result_json.h"
+#include "daemon/base/worker_command.h"
 #include "daemon/wire/convert.h"
 
 namespace weightd {
-namespace {
-
-std::string RandomToken() {
-  std::random_device random;
-  return fmt::format("{:08x}{:08x}{:08x}{:08x}", random(), random(), random(), random());
-}
-
-}  // namespace
 
 EngineClient::EngineClient(SessionSettings settings, Identity identity)
     : Session(std::move(settings)), identity_(std::move(identity)), incarnation_(RandomToken()) {}

@@ -59,6 +59,7 @@ inline constexpr char kFenced[] = "FENCED";
 inline constexpr char kForked[] = "FORKED";
 inline constexpr char kPeerLost[] = "PEER_LOST";
 inline constexpr char kWorkerLost[] = "WORKER_LOST";
+inline constexpr char kWorkerStart[] = "WORKER_START";
 inline constexpr char kDaemonLost[] = "DAEMON_LOST";
 inline constexpr char kDeadline[] = "DEADLINE";
 inline constexpr char kCancelled[] = "CANCELLED";

@@ -151,8 +151,7 @@ WorkerSupervisors Server::MakeSupervisors() {
   };
   for (const std::string& device : config_.worker.devices) {
     WorkerCommandLine command;
-    command.daemon_socket = config_.listen.socket;
-    command.runtime_dir = config_.RuntimeDir();
+    command.daemon = "unix:" + config_.listen.socket;
     command.device = device;
     command.threads = config_.worker.threads;
     command.peer_check = config_.worker.peer_check;
@@ -160,7 +159,7 @@ WorkerSupervisors Server::MakeSupervisors() {
     command.log_level = config_.runtime.log_level;
     command.log_format = config_.runtime.log_format;
     supervisors[device] = std::make_unique<WorkerSupervisor>(
-        std::move(command), config_.worker.restart_backoff, callbacks);
+        std::move(command), config_.RuntimeDir(), config_.worker.restart_backoff, callbacks);
   }
   return supervisors;
 }

@@ -1,80 +1,57 @@
 #pragma once
 
-#include <sys/types.h>
-
-#include <chrono>
-#include <condition_variable>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
-#include <vector>
 
-#include "daemon/base/clock.h"
-#include "daemon/base/status.h"
+#include "daemon/base/child_keeper.h"
+#include "daemon/base/worker_command.h"
 
 namespace weightd {
-
-/// How to start a worker.
-struct WorkerCommandLine {
-  std::string daemon_socket;  ///< unix socket of the daemon
-  std::string runtime_dir;    ///< where the worker puts its own socket
-  std::string device;         ///< "host", "host.1" or a GPU UUID
-  uint64_t threads = 0;       ///< 0 = one per core
-  bool peer_check = true;
-  milliseconds attach_deadline{10'000};
-  std::string log_level;
-  std::string log_format;
-};
 
 /// Starts the worker process of one device and starts it again when it dies.
 /// Thread safety: all functions from any thread.
 class WorkerSupervisor {
  public:
+  using View = ChildKeeper::View;
+
   /// What the supervisor tells. Called from its thread.
   struct Callbacks {
     std::function<void(const std::string& device, const std::string& how)> on_exit;
   };
 
-  WorkerSupervisor(WorkerCommandLine command, milliseconds backoff, Callbacks callbacks);
-  /// Ends the process (its socket closes anyway when the daemon ends) and waits for it.
-  ~WorkerSupervisor();
+  /// `command` without its socket path: each start gets one of its own in `runtime_dir`.
+  WorkerSupervisor(WorkerCommandLine command, std::string runtime_dir, milliseconds backoff,
+                   Callbacks callbacks);
+  // The destructor ends the process (its socket closes anyway when the daemon ends) and waits.
 
   /// Starts the thread. Call once the daemon's socket listens.
-  void Start();
+  void Start() { keeper_.Start(); }
 
   /// From now on the process is not replaced when it ends: the daemon is about to close its socket.
-  void LetGo();
+  void LetGo() { keeper_.LetGo(); }
 
   /// The secret that the running worker must present.
   std::string token();
   /// Kills the running worker with SIGKILL.
-  void Kill();
+  void Kill() { keeper_.Kill(); }
 
-  struct View {
-    pid_t pid = 0;
-    uint32_t restarts = 0;
-    std::string last_exit;
-  };
-  View view();
+  View view() { return keeper_.view(); }
 
  private:
-  void Run();
+  ChildKeeper::Callbacks KeeperCallbacks();
   std::string SocketPath(uint32_t generation) const;
-  pid_t Spawn(const std::string& token, uint32_t generation);
 
   const WorkerCommandLine command_;
-  const milliseconds backoff_;
+  const std::string runtime_dir_;
   const Callbacks callbacks_;
 
   std::mutex mu_;
-  std::condition_variable changed_;
-  bool stopping_ = false;
-  std::string token_;
-  View view_;
-  std::jthread thread_;
+  std::string token_;  // guarded by mu_
+
+  ChildKeeper keeper_;  // last: its thread uses the rest
 };
 
 /// One for each device that is served, by its name.

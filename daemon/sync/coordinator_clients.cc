@@ -1,19 +1,14 @@
 // The coordinator's dealings with clients: joining, registering, leaving.
 #include <algorithm>
-#include <random>
 #include <unordered_set>
 
 #include "daemon/base/failpoint.h"
 #include "daemon/base/log.h"
+#include "daemon/base/worker_command.h"
 #include "daemon/sync/room_host.h"
 
 namespace weightd {
 namespace {
-
-std::string RandomToken() {
-  std::random_device device;
-  return fmt::format("{:08x}{:08x}{:08x}{:08x}", device(), device(), device(), device());
-}
 
 template <typename Items>
 Status CheckUnique(const Items& items, const char* what) {
