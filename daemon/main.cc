@@ -92,6 +92,7 @@ int main(int argc, char** argv) {
   internal->add_option("--log-level", worker.log_level, "");
   internal->add_option("--log-format", worker.log_format, "");
   internal->add_flag("!--no-peer-check", worker.check_peer, "");
+  internal->add_option("--owner-fd", worker.owner_fd, "");
   CLI11_PARSE(app, argc, argv);
 
   if (is_worker) {

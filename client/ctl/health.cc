@@ -10,15 +10,20 @@ namespace weightd::ctl {
 
 Health JudgeDaemon(const v1::GetStatusResponse& status) {
   if (status.draining()) return {false, "weightd is draining"};
+  std::string spawned;
   for (const auto& worker : status.workers()) {
-    if (worker.attached()) continue;
-    return {false, fmt::format("worker {} is not attached{}", worker.device(),
-                               worker.last_exit().empty()
-                                   ? ""
-                                   : fmt::format(" (last exit: {})", worker.last_exit()))};
+    const std::string owner =
+        worker.owner().empty() ? "" : fmt::format(" (started by {})", worker.owner());
+    if (!worker.attached()) {
+      return {false, fmt::format("worker {}{} is not attached{}", worker.device(), owner,
+                                 worker.last_exit().empty()
+                                     ? ""
+                                     : fmt::format(" (last exit: {})", worker.last_exit()))};
+    }
+    if (!owner.empty()) spawned += "; " + worker.device() + owner;
   }
-  return {true, fmt::format("weightd {}, {} worker{}", status.daemon_version(),
-                            status.workers_size(), status.workers_size() == 1 ? "" : "s")};
+  return {true, fmt::format("weightd {}, {} worker{}{}", status.daemon_version(),
+                            status.workers_size(), status.workers_size() == 1 ? "" : "s", spawned)};
 }
 
 Health JudgeEngine(const v1::GetStatusResponse& status, const std::string& engine) {

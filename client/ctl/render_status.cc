@@ -40,18 +40,24 @@ bool Failed(const v1::SyncResult& result) {
 }
 
 std::string RenderWorkers(const v1::GetStatusResponse& status, const TextStyle& style) {
-  Table table({{"WORKER"},
-               {"STATE", false, true},
-               {"PID", true},
-               {"MEMBERS", true},
-               {"MAPPED", true},
-               {"RESTARTS", true},
-               {"LAST EXIT"}});
-  for (const auto& worker : status.workers()) {
-    table.AddRow({worker.device(), worker.attached() ? "attached" : "lost",
-                  worker.pid() == 0 ? "" : std::to_string(worker.pid()),
-                  std::to_string(worker.members()), HumanBytes(worker.mapped_bytes()),
-                  std::to_string(worker.restarts()), worker.last_exit()});
+  const auto& workers = status.workers();
+  const bool with_owner = std::any_of(workers.begin(), workers.end(),
+                                      [](const auto& worker) { return !worker.owner().empty(); });
+  std::vector<Column> columns{{"WORKER"},        {"STATE", false, true}, {"PID", true},
+                              {"MEMBERS", true}, {"MAPPED", true},       {"RESTARTS", true},
+                              {"LAST EXIT"}};
+  if (with_owner) columns.push_back({"STARTED BY"});
+  Table table(std::move(columns));
+  for (const auto& worker : workers) {
+    std::vector<std::string> row{worker.device(),
+                                 worker.attached() ? "attached" : "lost",
+                                 worker.pid() == 0 ? "" : std::to_string(worker.pid()),
+                                 std::to_string(worker.members()),
+                                 HumanBytes(worker.mapped_bytes()),
+                                 std::to_string(worker.restarts()),
+                                 Printable(worker.last_exit())};
+    if (with_owner) row.push_back(worker.owner().empty() ? "daemon" : Printable(worker.owner()));
+    table.AddRow(std::move(row));
   }
   return table.empty() ? "no worker\n" : table.Render(style);
 }

@@ -16,6 +16,8 @@ class Port : public ActorPort {
   void SendProgress(uint64_t request, const SyncProgress& progress) override;
   void SendReport(uint64_t request, const SyncReport& report) override;
   void SendWorkerChanged(const WorkerEndpoint& endpoint) override;
+  void SendStartWorker(const WorkerOrder& order) override;
+  void SendStopWorker(const std::string& device, bool again, const std::string& why) override;
   void Send(v1::ActorEvent event);
   StreamHandle<ActorStream>& handle() { return handle_; }
 
@@ -65,6 +67,11 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
       case v1::ActorRequest::kCancel:
         context_.coordinator.CancelSync(*session_);
         return absl::OkStatus();
+      case v1::ActorRequest::kWorkerEnded:
+        context_.coordinator.WorkerEnded(port_.get(), request.worker_ended().device(),
+                                         request.worker_ended().how(),
+                                         request.worker_ended().given_up());
+        return absl::OkStatus();
       case v1::ActorRequest::REQUEST_NOT_SET:
         break;
     }
@@ -85,6 +92,7 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
     identity.rank = static_cast<int>(hello.rank());
     identity.world_size = static_cast<int>(hello.world_size());
     identity.process = Describe(hello.process());
+    identity.spawns_worker = hello.spawns_worker();
     WEIGHTD_ASSIGN_OR_RETURN(session_, context_.coordinator.JoinActor(identity, port_));
     watch_ = context_.watcher.Watch(hello.process(), [port = port_] {
       port->handle().With([](ActorStream& stream) { stream.Abort(); });
@@ -224,6 +232,18 @@ void Port::SendReport(uint64_t request, const SyncReport& report) {
 void Port::SendWorkerChanged(const WorkerEndpoint& endpoint) {
   v1::ActorEvent event;
   *event.mutable_worker_changed() = ToProto(endpoint);
+  Send(std::move(event));
+}
+
+void Port::SendStartWorker(const WorkerOrder& order) {
+  v1::ActorEvent event;
+  *event.mutable_start_worker() = ToProto(order);
+  Send(std::move(event));
+}
+
+void Port::SendStopWorker(const std::string& device, bool again, const std::string& why) {
+  v1::ActorEvent event;
+  *event.mutable_stop_worker() = StopWorker(device, again, why);
   Send(std::move(event));
 }
 

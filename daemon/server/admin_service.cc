@@ -166,6 +166,18 @@ void AdminService::DescribeWorkers(v1::GetStatusResponse& response) {
     status->set_members(members);
     status->set_last_exit(worker.last_exit);
   }
+  for (const SpawnedWorkers::View& worker : coordinator_.SpawnedViews()) {
+    const auto [mapped, members] = workers_.Mapped(worker.device);
+    v1::WorkerStatus* status = response.add_workers();
+    status->set_device(worker.device);
+    status->set_pid(worker.pid);
+    status->set_attached(worker.attached);
+    status->set_restarts(worker.restarts);
+    status->set_mapped_bytes(mapped);
+    status->set_members(members);
+    status->set_last_exit(worker.last_exit);
+    status->set_owner(worker.owner.empty() ? "a client that has ended" : worker.owner);
+  }
 }
 
 grpc::ServerUnaryReactor* AdminService::GetStatus(grpc::CallbackServerContext* call,

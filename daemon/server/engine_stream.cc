@@ -21,6 +21,8 @@ class Port : public EnginePort {
   void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) override;
   void SendIdle(uint64_t version, const Status& why) override;
   void SendWorkerChanged(const WorkerEndpoint& endpoint) override;
+  void SendStartWorker(const WorkerOrder& order) override;
+  void SendStopWorker(const std::string& device, bool again, const std::string& why) override;
   void Send(v1::EngineEvent event);
   StreamHandle<EngineStream>& handle() { return handle_; }
 
@@ -79,6 +81,11 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
         orderly_ = true;
         Close();
         return absl::OkStatus();
+      case v1::EngineRequest::kWorkerEnded:
+        context_.coordinator.WorkerEnded(port_.get(), request.worker_ended().device(),
+                                         request.worker_ended().how(),
+                                         request.worker_ended().given_up());
+        return absl::OkStatus();
       case v1::EngineRequest::REQUEST_NOT_SET:
         break;
     }
@@ -101,6 +108,7 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
     identity.held_version = hello.held_version();
     identity.dirty = hello.dirty();
     num_ranks_ = identity.num_ranks;
+    identity.spawns_worker = hello.spawns_worker();
     WEIGHTD_ASSIGN_OR_RETURN(session_, context_.coordinator.JoinEngine(identity, port_));
     watch_ = context_.watcher.Watch(hello.process(), [port = port_] {
       port->handle().With([](EngineStream& stream) { stream.Abort(); });
@@ -263,6 +271,18 @@ void Port::SendIdle(uint64_t version, const Status& why) {
 void Port::SendWorkerChanged(const WorkerEndpoint& endpoint) {
   v1::EngineEvent event;
   *event.mutable_worker_changed() = ToProto(endpoint);
+  Send(std::move(event));
+}
+
+void Port::SendStartWorker(const WorkerOrder& order) {
+  v1::EngineEvent event;
+  *event.mutable_start_worker() = ToProto(order);
+  Send(std::move(event));
+}
+
+void Port::SendStopWorker(const std::string& device, bool again, const std::string& why) {
+  v1::EngineEvent event;
+  *event.mutable_stop_worker() = StopWorker(device, again, why);
   Send(std::move(event));
 }
 

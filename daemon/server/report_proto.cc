@@ -23,6 +23,30 @@ v1::WorkerEndpoint ToProto(const WorkerEndpoint& endpoint) {
   return proto;
 }
 
+v1::StartWorker ToProto(const WorkerOrder& order) {
+  const auto count = [](milliseconds time) { return static_cast<uint64_t>(time.count()); };
+  v1::StartWorker proto;
+  proto.set_device(order.device);
+  proto.set_token(order.token);
+  proto.set_attach_within_ms(count(order.settings.attach_within));
+  v1::WorkerSettings& settings = *proto.mutable_settings();
+  settings.set_threads(static_cast<uint32_t>(order.settings.threads));
+  settings.set_peer_check(order.settings.peer_check);
+  settings.set_register_within_ms(count(order.settings.register_within));
+  settings.set_restart_backoff_ms(count(order.settings.restart_backoff));
+  settings.set_log_level(order.settings.log_level);
+  settings.set_log_format(order.settings.log_format);
+  return proto;
+}
+
+v1::StopWorker StopWorker(const std::string& device, bool again, const std::string& why) {
+  v1::StopWorker proto;
+  proto.set_device(device);
+  proto.set_again(again);
+  proto.set_reason(why);
+  return proto;
+}
+
 v1::ReplicaOutcome ToProto(const ReplicaOutcome& outcome) {
   v1::ReplicaOutcome proto;
   proto.set_engine(outcome.engine);

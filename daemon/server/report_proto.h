@@ -11,6 +11,8 @@ namespace weightd {
 v1::AttemptId ToProto(AttemptId attempt);
 AttemptId FromProto(const v1::AttemptId& attempt);
 v1::WorkerEndpoint ToProto(const WorkerEndpoint& endpoint);
+v1::StartWorker ToProto(const WorkerOrder& order);
+v1::StopWorker StopWorker(const std::string& device, bool again, const std::string& why);
 v1::ReplicaOutcome ToProto(const ReplicaOutcome& outcome);
 v1::SyncResult ToProto(const SyncReport& report);
 v1::SyncProgress ToProto(const SyncProgress& progress);

@@ -30,6 +30,17 @@ SyncOptions SyncOptionsOf(const Config& config) {
   return options;
 }
 
+WorkerSettings WorkerSettingsOf(const Config& config) {
+  WorkerSettings settings;
+  settings.threads = config.worker.threads;
+  settings.peer_check = config.worker.peer_check;
+  settings.register_within = config.deadlines.registration;
+  settings.restart_backoff = config.worker.restart_backoff;
+  settings.log_level = config.runtime.log_level;
+  settings.log_format = config.runtime.log_format;
+  return settings;
+}
+
 Status SocketError(const std::string& path, const std::string& what, const std::string& remedy) {
   return Error(StatusCode::kUnavailable, reason::kSocket, remedy, "cannot listen on {}: {}", path,
                what);
@@ -116,6 +127,8 @@ class Server::Observer : public SyncObserver {
     metrics_.RemoveEngine({model, engine, static_cast<uint32_t>(dp_rank)});
   }
 
+  void OnWorkerRestart(const std::string& device) override { metrics_.CountWorkerRestart(device); }
+
   void OnStaging(const std::string& device, uint64_t bytes) override {
     metrics_.SetStagingBytes(device, bytes);
   }
@@ -135,7 +148,7 @@ Server::Server(Config config, std::shared_ptr<const LoaderRegistry> loaders,
       coordinator_(std::make_unique<Coordinator>(
           Coordinator::Config{SyncOptionsOf(config_), versions_->epoch(),
                               config_.limits.max_tensors, config_.limits.max_sessions,
-                              config_.worker.devices},
+                              config_.worker.devices, WorkerSettingsOf(config_)},
           std::move(loaders), *versions_, *observer_)),
       supervisors_(MakeSupervisors()),
       actors_({*coordinator_, watcher_, config_.limits.max_message_bytes}),
@@ -225,6 +238,11 @@ Status Server::StartHttp() {
       const bool up = std::find(missing.begin(), missing.end(), device) == missing.end();
       metrics_.SetWorkerUp(device, up);
     }
+    std::map<std::string, bool> spawned;
+    for (const auto& worker : coordinator_->SpawnedViews()) {
+      spawned[worker.device] = worker.attached;
+    }
+    metrics_.SetSpawnedWorkers(spawned);
     return metrics_.Text();
   };
   WEIGHTD_ASSIGN_OR_RETURN(http_, HttpServer::Create(config_.listen.http, std::move(callbacks)));

@@ -12,10 +12,11 @@ namespace weightd {
 
 class WorkerPortImpl : public WorkerPort {
  public:
-  WorkerPortImpl(class WorkerStream* stream, WorkerSupervisor& supervisor, std::string device,
-                 std::string socket_path)
+  /// `kill` ends the process with SIGKILL, by way of whoever started it.
+  WorkerPortImpl(class WorkerStream* stream, std::function<void(const std::string& why)> kill,
+                 std::string device, std::string socket_path)
       : handle_(stream),
-        supervisor_(supervisor),
+        kill_(std::move(kill)),
         device_(std::move(device)),
         socket_path_(std::move(socket_path)) {}
 
@@ -30,14 +31,14 @@ class WorkerPortImpl : public WorkerPort {
   void SendCancel(AttemptId attempt) override;
   void Kill(const std::string& why) override {
     spdlog::error("worker is killed: {} device={}", why, device_);
-    supervisor_.Kill();
+    kill_(why);
   }
   void Send(v1::WorkerCommand command);
   StreamHandle<WorkerStream>& handle() { return handle_; }
 
  private:
   StreamHandle<WorkerStream> handle_;
-  WorkerSupervisor& supervisor_;
+  const std::function<void(const std::string& why)> kill_;
   const std::string device_;
   const std::string socket_path_;
 };
@@ -97,17 +98,32 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
   }
 
   void OnHello(const v1::WorkerHello& hello) {
-    const auto it = service_.supervisors_.find(hello.device());
-    if (port_ != nullptr || !CheckProtocol(hello.protocol()).ok() ||
-        it == service_.supervisors_.end() || hello.token() != it->second->token()) {
+    auto kill = KillerOf(hello);
+    if (port_ != nullptr || !CheckProtocol(hello.protocol()).ok() || kill == nullptr) {
       spdlog::warn("a process that is not this daemon's worker tried to attach: pid={} device={}",
                    hello.pid(), hello.device());
       Close(grpc::Status(grpc::StatusCode::UNAUTHENTICATED, "not a worker of this daemon"));
       return;
     }
-    port_ =
-        std::make_shared<WorkerPortImpl>(this, *it->second, hello.device(), hello.socket_path());
-    coordinator().WorkerUp(port_);
+    port_ = std::make_shared<WorkerPortImpl>(this, std::move(kill), hello.device(),
+                                             hello.socket_path());
+    coordinator().WorkerUp(port_, hello.pid());
+  }
+
+  // How to kill the worker that says this; empty if its token is not that of a worker of the
+  // device, started by the daemon or by the client that was asked to.
+  std::function<void(const std::string& why)> KillerOf(const v1::WorkerHello& hello) {
+    const auto it = service_.supervisors_.find(hello.device());
+    if (it != service_.supervisors_.end()) {
+      WorkerSupervisor* const supervisor = it->second.get();
+      if (hello.token() != supervisor->token()) return nullptr;
+      return [supervisor](const std::string&) { supervisor->Kill(); };
+    }
+    auto owner = coordinator().WorkerOwner(hello.device(), hello.token());
+    if (owner == nullptr) return nullptr;
+    return [owner = std::move(owner), device = hello.device()](const std::string& why) {
+      owner->SendStopWorker(device, true, why);
+    };
   }
 
   void OnPlanLoaded(const v1::PlanLoaded& loaded) {

@@ -18,7 +18,9 @@ Coordinator::Coordinator(Config config, std::shared_ptr<const LoaderRegistry> lo
     : config_(std::move(config)),
       loaders_(std::move(loaders)),
       store_(store),
-      observer_(observer) {}
+      observer_(observer),
+      spawned_(config_.worker,
+               [this](const std::string& device) { observer_.OnWorkerRestart(device); }) {}
 
 Coordinator::~Coordinator() {
   {
@@ -168,7 +170,7 @@ void Coordinator::Committed(EngineSession& session, AttemptId attempt, const Sta
   Post(*session.room, event);
 }
 
-void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker) {
+void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker, uint32_t pid) {
   const std::lock_guard lock(mu_);
   const std::string device = worker->device();
   // The successor may be here before the end of its predecessor's stream is seen.
@@ -179,6 +181,7 @@ void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker) {
                                 "worker " + device));
   }
   workers_[device] = std::move(worker);
+  spawned_.Up(device, pid);
   for (auto& [id, info] : members_) {
     info.attached.erase(device);
     if (!info.lent.contains(device)) continue;
@@ -209,6 +212,24 @@ void Coordinator::LoseWorker(const std::string& device, const Status& cause) {
     event.status = cause;
     Post(*room, event);
   }
+  spawned_.Down(device);
+}
+
+std::shared_ptr<OwnerPort> Coordinator::WorkerOwner(const std::string& device,
+                                                    const std::string& token) {
+  const std::lock_guard lock(mu_);
+  return spawned_.Owner(device, token);
+}
+
+void Coordinator::WorkerEnded(const OwnerPort* client, const std::string& device,
+                              const std::string& how, bool given_up) {
+  const std::lock_guard lock(mu_);
+  spawned_.Ended(client, device, how, given_up);
+}
+
+std::vector<SpawnedWorkers::View> Coordinator::SpawnedViews() {
+  const std::lock_guard lock(mu_);
+  return spawned_.Views();
 }
 
 void Coordinator::MemberAttached(const std::string& device, MemberId member, const Status& status) {

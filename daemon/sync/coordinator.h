@@ -17,6 +17,7 @@
 #include "daemon/sync/catch_up.h"
 #include "daemon/sync/mailbox.h"
 #include "daemon/sync/plan_cache.h"
+#include "daemon/sync/spawned_workers.h"
 #include "daemon/sync/sync_session.h"
 
 namespace weightd {
@@ -29,6 +30,7 @@ struct ActorIdentity {
   int rank = 0;
   int world_size = 0;
   std::string process;
+  bool spawns_worker = false;
 };
 
 /// What an engine rank says first.
@@ -40,6 +42,7 @@ struct EngineIdentity {
   std::string process;
   uint64_t held_version = 0;
   bool dirty = false;
+  bool spawns_worker = false;
 };
 
 struct ModelRoom;
@@ -99,7 +102,8 @@ class Coordinator {
     uint64_t epoch = 0;
     uint64_t max_tensors = 1'000'000;
     uint64_t max_sessions = 4096;
-    std::vector<std::string> devices = {kHostDevice};  ///< that workers serve
+    std::vector<std::string> devices = {kHostDevice};  ///< that the daemon's own workers serve
+    WorkerSettings worker;                             ///< of those that clients start
   };
   Coordinator(Config config, std::shared_ptr<const LoaderRegistry> loaders, VersionStore& store,
               SyncObserver& observer);
@@ -145,7 +149,7 @@ class Coordinator {
   void LeaveEngine(EngineSession& session, const Status& cause);
 
   // ---- the workers, one per device
-  void WorkerUp(std::shared_ptr<WorkerPort> worker);
+  void WorkerUp(std::shared_ptr<WorkerPort> worker, uint32_t pid = 0);
   void WorkerDown(const WorkerPort* worker, const Status& cause);
   void MemberAttached(const std::string& device, MemberId member, const Status& status);
   void MemberLost(const std::string& device, MemberId member, const std::string& cause);
@@ -155,6 +159,13 @@ class Coordinator {
     observer_.OnStaging(device, bytes);
   }
 
+  /// The client that was asked to start this device's worker, if the token is the one it was given;
+  /// else nullptr.
+  std::shared_ptr<OwnerPort> WorkerOwner(const std::string& device, const std::string& token);
+  /// The client's worker has ended; see SpawnedWorkers::Ended.
+  void WorkerEnded(const OwnerPort* client, const std::string& device, const std::string& how,
+                   bool given_up);
+
   // ---- views
   std::vector<ModelView> Views(const std::string& model_or_empty);
   /// Plans what is not planned yet. May take as long as a compilation.
@@ -162,7 +173,9 @@ class Coordinator {
   StatusOr<PlanView> Plan(const std::string& model);
   /// Is this replica (or are all of this engine's) SERVING? nullopt: unknown engine.
   std::optional<bool> EngineReady(const std::string& engine);
-  /// Served devices whose worker is not attached.
+  /// Workers that clients have started.
+  std::vector<SpawnedWorkers::View> SpawnedViews();
+  /// Served devices whose worker is not attached; those that clients serve are not among them.
   std::vector<std::string> MissingWorkers();
   uint64_t epoch() const { return config_.epoch; }
 
@@ -196,7 +209,10 @@ class Coordinator {
   Status CheckJoin() const;
   WorkerEndpoint AddMember(ModelRoom& room, const std::string& device, const std::string& label,
                            bool writable);
-  Status CheckDevice(const std::string& device, const std::string& label) const;
+  Status CheckDevice(const std::string& device, const std::string& label, bool spawns) const;
+  bool IsOwnDevice(const std::string& device) const;
+  void OfferWorker(const std::shared_ptr<OwnerPort>& client, const std::string& label,
+                   const std::string& process, const std::string& device);
   WorkerEndpoint Announce(MemberId member, MemberInfo& info, const std::string& device);
   void LendTo(MemberId member, MemberInfo& info, const std::string& device);
   void LendToTrainer(ModelRoom& room, const std::string& device);
@@ -231,6 +247,7 @@ class Coordinator {
   std::map<MemberId, MemberInfo> members_;
   std::map<MemberId, std::shared_ptr<EnginePort>> engine_ports_;
   std::map<std::string, std::shared_ptr<WorkerPort>> workers_;  // by device; only those attached
+  SpawnedWorkers spawned_;
   uint64_t next_member_ = 1;
   uint64_t next_attempt_ = 1;
   uint64_t sessions_ = 0;

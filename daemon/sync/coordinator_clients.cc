@@ -116,7 +116,8 @@ StatusOr<WorkerEndpoint> Coordinator::RegisterActor(ActorSession& session,
     const std::lock_guard lock(mu_);
     ActorGroup& group = *session.group;
     label = fmt::format("actor {}", session.identity.rank);
-    WEIGHTD_RETURN_IF_ERROR(CheckDevice(device, label));
+    const bool spawns = session.identity.spawns_worker;
+    WEIGHTD_RETURN_IF_ERROR(CheckDevice(device, label, spawns));
     WEIGHTD_RETURN_IF_ERROR(WithRank(CheckTable(group, digest, table, label), label));
     if (table.has_value()) {
       group.table = std::make_shared<const TensorTable>(*std::move(table));
@@ -140,6 +141,7 @@ StatusOr<WorkerEndpoint> Coordinator::RegisterActor(ActorSession& session,
     rank->shards = std::move(shards);
     session.room->model.SetActor(group, std::move(rank));
     LendToTrainer(*session.room, device);
+    if (spawns) OfferWorker(session.port, label, session.identity.process, device);
   }
   Failpoint("registered");
   return endpoint;
@@ -159,6 +161,7 @@ void Coordinator::LeaveActor(ActorSession& session, const Status& cause) {
       label);
   Post(*session.room, event);
   if (session.member != MemberId::kNone) RemoveMember(session.member);
+  spawned_.Withdraw(session.port.get());
   session.room->model.LeaveGroup(session.group, session.identity.rank);
   session.room = nullptr;
   --sessions_;
@@ -201,7 +204,7 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
     const std::string label =
         fmt::format("engine {} dp {} pp {} tp {}", identity.engine, identity.coordinates.dp_rank,
                     identity.coordinates.pp_rank, identity.coordinates.tp_rank);
-    WEIGHTD_RETURN_IF_ERROR(CheckDevice(device, label));
+    WEIGHTD_RETURN_IF_ERROR(CheckDevice(device, label, identity.spawns_worker));
     if (session.member != MemberId::kNone) RemoveMember(session.member);
     endpoints.push_back(AddMember(*session.room, device, label, true));
     session.member = endpoints.front().member;
@@ -225,6 +228,7 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
       if (info.lent.contains(writer) || !ChoosePath({writer}, {device}).ok()) continue;
       endpoints.push_back(Announce(session.member, info, writer));
     }
+    if (identity.spawns_worker) OfferWorker(session.port, label, identity.process, device);
     Observe(*session.room, *session.replica);
     const bool catches_up = MaybeCatchUp(*session.room, session.replica);
     if (!catches_up && session.replica->complete()) TellIdle(ViewOf(session.replica));
@@ -249,6 +253,7 @@ void Coordinator::LeaveEngine(EngineSession& session, const Status& cause) {
                label);
   Post(*session.room, event);
   if (session.member != MemberId::kNone) RemoveMember(session.member);
+  spawned_.Withdraw(session.port.get());
   session.room->model.LeaveReplica(session.replica, {at.pp_rank, at.tp_rank},
                                    cause.ok() ? absl::OkStatus() : event.status);
   const auto& replicas = session.room->model.replicas();
@@ -262,15 +267,35 @@ void Coordinator::LeaveEngine(EngineSession& session, const Status& cause) {
   --sessions_;
 }
 
-Status Coordinator::CheckDevice(const std::string& device, const std::string& label) const {
-  const auto& served = config_.devices;
-  if (std::find(served.begin(), served.end(), device) != served.end()) return absl::OkStatus();
-  return WithRank(
-      Error(StatusCode::kInvalidArgument, reason::kUnknownDevice,
-            "pass the device that holds the memory, or name it in worker.devices of "
-            "the daemon's configuration",
-            "no worker serves the device: {}; served are {}", device, fmt::join(served, ", ")),
-      label);
+bool Coordinator::IsOwnDevice(const std::string& device) const {
+  const auto& own = config_.devices;
+  return std::find(own.begin(), own.end(), device) != own.end();
+}
+
+Status Coordinator::CheckDevice(const std::string& device, const std::string& label,
+                                bool spawns) const {
+  if (IsOwnDevice(device) || spawned_.Serves(device)) return absl::OkStatus();
+  if (spawns && IsDevice(device)) return WithRank(CheckServed(device), label);
+  std::vector<std::string> served = config_.devices;
+  for (const SpawnedWorkers::View& worker : spawned_.Views()) served.push_back(worker.device);
+  return WithRank(Error(StatusCode::kInvalidArgument, reason::kUnknownDevice,
+                        "pass the device that holds the memory, or name it in worker.devices of "
+                        "the daemon's configuration, or let the client start the worker itself "
+                        "(worker=\"spawn\")",
+                        "no worker serves the device: {}; served are {}", device,
+                        served.empty() ? "none" : fmt::format("{}", fmt::join(served, ", "))),
+                  label);
+}
+
+/// The client starts the worker of its device if the daemon has none and no other client does.
+void Coordinator::OfferWorker(const std::shared_ptr<OwnerPort>& client, const std::string& label,
+                              const std::string& process, const std::string& device) {
+  if (!IsOwnDevice(device)) {
+    return spawned_.Offer(client, fmt::format("{} ({})", label, process), device);
+  }
+  spawned_.Withdraw(client.get());
+  spdlog::info("a client that would start a worker uses the daemon's: device={} client={}", device,
+               label);
 }
 
 WorkerEndpoint Coordinator::AddMember(ModelRoom& room, const std::string& device,

@@ -57,19 +57,44 @@ struct SyncProgress {
   uint64_t bytes_total = 0;
 };
 
-/// A trainer rank's session. All calls return at once; any thread.
-class ActorPort {
+/// What the configuration says about any worker; see weightd.v1.WorkerSettings.
+struct WorkerSettings {
+  milliseconds attach_within{30'000};  ///< from the order to the worker's hello
+  uint64_t threads = 0;
+  bool peer_check = true;
+  milliseconds register_within{10'000};
+  milliseconds restart_backoff{100};
+  std::string log_level = "info";
+  std::string log_format = "text";
+};
+
+/// See weightd.v1.StartWorker.
+struct WorkerOrder {
+  std::string device;
+  std::string token;
+  WorkerSettings settings;
+};
+
+/// A client that may start the worker of its device. All calls return at once; any thread.
+class OwnerPort {
  public:
-  virtual ~ActorPort() = default;
+  virtual ~OwnerPort() = default;
+  virtual void SendStartWorker(const WorkerOrder& order) = 0;
+  /// The client kills its worker; `again`: and starts it again.
+  virtual void SendStopWorker(const std::string& device, bool again, const std::string& why) = 0;
+};
+
+/// A trainer rank's session. All calls return at once; any thread.
+class ActorPort : public OwnerPort {
+ public:
   virtual void SendProgress(uint64_t request, const SyncProgress& progress) = 0;
   virtual void SendReport(uint64_t request, const SyncReport& report) = 0;
   virtual void SendWorkerChanged(const WorkerEndpoint& endpoint) = 0;
 };
 
 /// An engine rank's session. All calls return at once; any thread.
-class EnginePort {
+class EnginePort : public OwnerPort {
  public:
-  virtual ~EnginePort() = default;
   virtual void SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) = 0;
   virtual void SendCommit(AttemptId attempt, uint64_t version) = 0;
   virtual void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) = 0;
@@ -147,6 +172,8 @@ class SyncObserver {
   /// A replica has left in order and will not come back under this registration.
   virtual void OnReplicaLeft(const std::string& model, const std::string& engine, int dp_rank) = 0;
   virtual void OnPlanCompiled(double seconds) = 0;
+  /// A worker that a client started has died; its owner starts it again.
+  virtual void OnWorkerRestart(const std::string& device) = 0;
   /// Bytes of a worker's staging that hold pages.
   virtual void OnStaging(const std::string& device, uint64_t bytes) = 0;
 };

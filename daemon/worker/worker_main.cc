@@ -1,16 +1,22 @@
 #include "daemon/worker/worker_main.h"
 
+#include <dirent.h>
 #include <grpcpp/grpcpp.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "daemon/base/log.h"
 #include "daemon/base/version.h"
@@ -27,14 +33,16 @@ constexpr milliseconds kConnectDeadline{5000};
 
 /// For the signal handler: what the process leaves behind unless it is removed.
 char socket_path_to_remove[128] = "";
+char folder_to_remove[128] = "";
 
 /// Ends the process without waiting for anything: a step may hang, and must not delay the end.
 [[noreturn]] void Leave(int code) {
   if (socket_path_to_remove[0] != '\0') ::unlink(socket_path_to_remove);
+  if (folder_to_remove[0] != '\0') ::rmdir(folder_to_remove);
   ::_exit(code);
 }
 
-/// SIGTERM comes from the daemon, or from the kernel when the daemon dies.
+/// SIGTERM comes from the kernel when the parent dies.
 void HandleSignals() {
   struct sigaction leave {};
   leave.sa_handler = [](int) { Leave(0); };
@@ -44,6 +52,29 @@ void HandleSignals() {
   sigset_t none;
   ::sigemptyset(&none);
   ::sigprocmask(SIG_SETMASK, &none, nullptr);  // the daemon blocks signals, and exec keeps that
+}
+
+/// Closes what a client's process leaves open in its child, beside the standard streams and `keep`.
+void CloseInherited(int keep) {
+  if (keep == STDERR_FILENO + 1 && ::syscall(SYS_close_range, keep + 1, ~0U, 0) == 0) return;
+  DIR* const list = ::opendir("/proc/self/fd");
+  if (list == nullptr) return;
+  std::vector<int> open;
+  while (const dirent* entry = ::readdir(list)) open.push_back(std::atoi(entry->d_name));
+  for (const int fd : open) {
+    if (fd > STDERR_FILENO && fd != keep && fd != ::dirfd(list)) ::close(fd);
+  }
+  ::closedir(list);
+}
+
+/// Ends the process when its owner is gone or does not want it any more: seen without a signal.
+void FollowOwner(int owner_fd) {
+  std::thread([owner_fd] {
+    pollfd entry{owner_fd, 0, 0};  // POLLHUP alone
+    while (::poll(&entry, 1, -1) < 0 && errno == EINTR) {
+    }
+    Leave(0);
+  }).detach();
 }
 
 /// Every lent shared memory object costs a descriptor here.
@@ -109,13 +140,19 @@ v1::WorkerReport MakeHello(const WorkerOptions& options) {
 }  // namespace
 
 int RunWorker(const WorkerOptions& options) {
+  if (options.owner_fd >= 0) CloseInherited(options.owner_fd);
   InitLog(options.log_level, options.log_format, "worker " + options.device);
   const pid_t parent = ::getppid();
   HandleSignals();
   ::prctl(PR_SET_PDEATHSIG, SIGTERM);
   if (::getppid() != parent) {
-    spdlog::error("worker has no daemon: it ended while the worker began");
+    spdlog::error("worker has no parent: it ended while the worker began");
     return kExitCannotStart;
+  }
+  if (options.owner_fd >= 0) {
+    const std::string folder = options.socket_path.substr(0, options.socket_path.rfind('/'));
+    folder.copy(folder_to_remove, sizeof(folder_to_remove) - 1);
+    FollowOwner(options.owner_fd);
   }
   RaiseDescriptorLimit();
   DaemonStream stream(options.daemon);

@@ -98,7 +98,6 @@ std::optional<uint64_t> ParseWithUnit(std::string_view text, const Unit (&units)
 }
 
 Check CheckDevices(const std::vector<std::string>& devices) {
-  if (devices.empty()) return "must name at least one device";
   for (const std::string& device : devices) {
     if (!IsDevice(device) && device != kAllGpus) {
       return fmt::format(
@@ -249,7 +248,7 @@ std::optional<std::string> AssignText(const Key& key, const std::string& text) {
   if (std::holds_alternative<ListSlot>(key.slot)) {
     std::vector<std::string> items;
     size_t begin = 0;
-    for (size_t end = 0; end != std::string::npos; begin = end + 1) {
+    for (size_t end = 0; end != std::string::npos && !text.empty(); begin = end + 1) {
       end = text.find(',', begin);
       items.push_back(text.substr(begin, end - begin));
     }

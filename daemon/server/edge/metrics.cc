@@ -82,6 +82,7 @@ struct Metrics::Impl {
 
   std::mutex mutex;
   std::map<Engine, EngineSeries> engines;  // guarded by mutex
+  std::map<std::string, Gauge*> spawned;   // by device; guarded by mutex
 
   EngineSeries MakeSeries(const Engine& key) {
     const prometheus::Labels labels = {
@@ -131,6 +132,20 @@ void Metrics::CountWorkerRestart(std::string_view device) {
 
 void Metrics::SetWorkerUp(std::string_view device, bool up) {
   impl_->worker_up.Add({{"device", Label(device)}}).Set(up ? 1 : 0);
+}
+
+void Metrics::SetSpawnedWorkers(const std::map<std::string, bool>& up) {
+  const std::lock_guard lock(impl_->mutex);
+  for (const auto& [device, is_up] : up) {
+    Gauge*& series = impl_->spawned[device];
+    if (series == nullptr) series = &impl_->worker_up.Add({{"device", Label(device)}});
+    series->Set(is_up ? 1 : 0);
+  }
+  std::erase_if(impl_->spawned, [&](const auto& item) {
+    if (up.contains(item.first)) return false;
+    impl_->worker_up.Remove(item.second);
+    return true;
+  });
 }
 
 void Metrics::ObservePlanCompile(double seconds) { impl_->all_compiles.Observe(seconds); }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -42,6 +43,9 @@ class Metrics {
   void SetStagingBytes(std::string_view device, uint64_t bytes);
   void CountWorkerRestart(std::string_view device);
   void SetWorkerUp(std::string_view device, bool up);
+  /// As SetWorkerUp for all workers that clients have started; drops the series of those that were
+  /// there before and are not any more.
+  void SetSpawnedWorkers(const std::map<std::string, bool>& up);
   void ObservePlanCompile(double seconds);
 
   /// The state ("SERVING", ...) and the version that a replica holds; 0 = none.

@@ -317,6 +317,26 @@ TEST_CASE("the daemon is healthy when it does not drain and its workers are atta
   CHECK_FALSE(JudgeDaemon(status).healthy);
 }
 
+TEST_CASE("a worker that a client has started is shown with its owner") {
+  v1::GetStatusResponse status = Busy();
+  v1::WorkerStatus* worker = status.add_workers();
+  worker->set_device("host.1");
+  worker->set_attached(true);
+  worker->set_owner("actor 0 (pid 71 on host a)");
+  CHECK(
+      RenderStatus(status, {})
+          .find(
+              "WORKER  STATE      PID  MEMBERS    MAPPED  RESTARTS  LAST EXIT  STARTED BY\n"
+              "host    attached  4711        6  1.50 GiB         1  signal 9   daemon\n"
+              "host.1  attached     -        0       0 B         0  -          actor 0 (pid 71 on "
+              "host a)\n") != std::string::npos);
+  CHECK(JudgeDaemon(status).detail ==
+        "weightd 0.1.0, 2 workers; host.1 (started by actor 0 (pid 71 on host a))");
+  worker->set_attached(false);
+  CHECK(JudgeDaemon(status).detail ==
+        "worker host.1 (started by actor 0 (pid 71 on host a)) is not attached");
+}
+
 TEST_CASE("an engine is healthy when all its replicas are ready") {
   v1::GetStatusResponse status = Busy();
   const Health e0 = JudgeEngine(status, "e0");

@@ -83,5 +83,17 @@ TEST_CASE("names that clients choose are escaped") {
   CHECK(HasLine(metrics.Text(), R"(weightd_last_success_timestamp_seconds{model="a\"b\nc"} 1)"));
 }
 
+TEST_CASE("a worker that a client had started leaves no series behind") {
+  Metrics metrics("0.1.0", "none");
+  metrics.SetWorkerUp("host", true);
+  metrics.SetSpawnedWorkers({{"host.1", true}, {"host.2", false}});
+  CHECK(HasLine(metrics.Text(), R"(weightd_worker_up{device="host.1"} 1)"));
+  CHECK(HasLine(metrics.Text(), R"(weightd_worker_up{device="host.2"} 0)"));
+  metrics.SetSpawnedWorkers({{"host.2", true}});
+  CHECK(metrics.Text().find("host.1") == std::string::npos);
+  CHECK(HasLine(metrics.Text(), R"(weightd_worker_up{device="host.2"} 1)"));
+  CHECK(HasLine(metrics.Text(), R"(weightd_worker_up{device="host"} 1)"));
+}
+
 }  // namespace
 }  // namespace weightd

@@ -22,7 +22,8 @@ struct Rig {
   Config config;
   std::unique_ptr<Server> server;
 
-  Rig() {
+  explicit Rig(bool own_worker = true) {
+    if (!own_worker) config.worker.devices.clear();
     std::filesystem::remove_all(folder);
     std::filesystem::create_directory(folder);
     config.listen.socket = folder / "weightd.sock";
@@ -123,6 +124,103 @@ TEST_CASE("a process that is not the daemon's child cannot attach as its worker"
   v1::WorkerCommand command;
   CHECK_FALSE(stream->Read(&command));
   CHECK(stream->Finish().error_code() == grpc::StatusCode::UNAUTHENTICATED);
+}
+
+/// A trainer rank that has registered one tensor on a device that the daemon does not serve.
+struct Registering {
+  explicit Registering(const Rig& rig, bool spawns)
+      : stub(v1::ActorService::NewStub(rig.Channel())) {
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));
+    stream = stub->Session(&context);
+    v1::ActorRequest request = Hello(kProtocolMajor, kProtocolMinor);
+    request.mutable_hello()->set_spawns_worker(spawns);
+    stream->Write(request);
+    request.mutable_shards()->add_boxes_per_tensor(0);
+    request.mutable_shards()->set_last(true);
+    stream->Write(request);
+    request.mutable_register_()->set_num_tensors(1);
+    request.mutable_register_()->set_table_digest("0123456789abcdef");
+    stream->Write(request);
+    v1::TensorSpec* tensor = request.mutable_table()->add_tensors();
+    tensor->set_name("w");
+    tensor->add_shape(4);
+    tensor->set_dtype(v1::DTYPE_FLOAT32);
+    request.mutable_table()->set_last(true);
+    stream->Write(request);
+  }
+  ~Registering() {
+    context.TryCancel();
+    (void)stream->Finish();
+  }
+  /// The next event of this kind.
+  v1::ActorEvent Await(v1::ActorEvent::EventCase kind) {
+    v1::ActorEvent event;
+    while (stream->Read(&event) && event.event_case() != kind) {
+    }
+    return event;
+  }
+
+  std::unique_ptr<v1::ActorService::Stub> stub;
+  grpc::ClientContext context;
+  std::unique_ptr<grpc::ClientReaderWriter<v1::ActorRequest, v1::ActorEvent>> stream;
+};
+
+/// A worker's connection; it lasts as long as the object.
+struct Attaching {
+  Attaching(const Rig& rig, const std::string& device, const std::string& token)
+      : stub(v1::WorkerService::NewStub(rig.Channel())) {
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));
+    stream = stub->Attach(&context);
+    v1::WorkerReport report;
+    report.mutable_hello()->mutable_protocol()->set_major(kProtocolMajor);
+    report.mutable_hello()->set_token(token);
+    report.mutable_hello()->set_device(device);
+    report.mutable_hello()->set_socket_path("/tmp/w.sock");
+    report.mutable_hello()->set_pid(71);
+    stream->Write(report);
+  }
+  ~Attaching() {
+    context.TryCancel();
+    (void)stream->Finish();
+  }
+  bool refused() {
+    v1::WorkerCommand command;
+    return !stream->Read(&command);
+  }
+
+  std::unique_ptr<v1::WorkerService::Stub> stub;
+  grpc::ClientContext context;
+  std::unique_ptr<grpc::ClientReaderWriter<v1::WorkerReport, v1::WorkerCommand>> stream;
+};
+
+TEST_CASE("a daemon without a worker refuses a client that starts none, with the remedy") {
+  const Rig rig(false);
+  const v1::ErrorDetail error =
+      Registering(rig, false).Await(v1::ActorEvent::kError).error().detail();
+  CHECK(error.reason() == reason::kUnknownDevice);
+  CHECK(error.remedy().find("worker=\"spawn\"") != std::string::npos);
+}
+
+TEST_CASE("a client is asked to start the worker, and only that worker may attach") {
+  const Rig rig(false);
+  Registering actor(rig, true);
+  const v1::StartWorker order = actor.Await(v1::ActorEvent::kStartWorker).start_worker();
+  CHECK(order.device() == kHostDevice);
+  CHECK(order.attach_within_ms() == 30'000);
+  CHECK(order.settings().register_within_ms() == 10'000);
+  CHECK(actor.Await(v1::ActorEvent::kRegistered).registered().worker().socket_path().empty());
+  CHECK(Attaching(rig, kHostDevice, "guessed").refused());
+  CHECK(Attaching(rig, kHostDevice, "").refused());
+  CHECK(Attaching(rig, "host.1", order.token()).refused());
+  const Attaching worker(rig, kHostDevice, order.token());
+  const v1::ActorEvent changed = actor.Await(v1::ActorEvent::kWorkerChanged);
+  CHECK(changed.worker_changed().socket_path() == "/tmp/w.sock");
+  grpc::ClientContext context;
+  v1::GetStatusResponse status;
+  REQUIRE(v1::AdminService::NewStub(rig.Channel())->GetStatus(&context, {}, &status).ok());
+  REQUIRE(status.workers_size() == 1);
+  CHECK(status.workers(0).owner().starts_with("actor 0 (pid "));
+  CHECK((status.workers(0).attached() && status.workers(0).pid() == 71));
 }
 
 TEST_CASE("random bytes on the socket disturb nobody") {

@@ -28,6 +28,8 @@ class FakeEngine : public EnginePort {
         fmt::format("{}: {} {}", name_, version, why.ok() ? "ok" : FieldsOf(why).reason));
   }
   void SendWorkerChanged(const WorkerEndpoint&) override {}
+  void SendStartWorker(const WorkerOrder&) override {}
+  void SendStopWorker(const std::string&, bool, const std::string&) override {}
 
  private:
   SyncFixture& fixture_;

@@ -38,6 +38,8 @@ class FakeActor : public ActorPort {
   }
   void SendReport(uint64_t, const SyncReport& sent) override { report = sent; }
   void SendWorkerChanged(const WorkerEndpoint&) override {}
+  void SendStartWorker(const WorkerOrder&) override {}
+  void SendStopWorker(const std::string&, bool, const std::string&) override {}
   std::vector<Phase> phases;
   std::optional<SyncReport> report;
 };
