@@ -10,6 +10,7 @@
 #include "client/src/actor_client.h"
 #include "client/src/engine_client.h"
 #include "client/src/fork_guard.h"
+#include "client/src/worker_binary.h"
 #include "daemon/base/version.h"
 
 struct weightd_error {
@@ -58,17 +59,27 @@ char* CopyOut(const std::string& text) {
   return copy;
 }
 
-StatusOr<SessionSettings> ReadSettings(const char* address, int32_t connect_timeout_ms) {
+/// Of weightd_actor_options or weightd_engine_options.
+template <typename Options>
+StatusOr<SessionSettings> ReadSettings(const Options& options) {
   SessionSettings settings;
-  WEIGHTD_ASSIGN_OR_RETURN(settings.address, ParseAddress(Text(address)));
-  const bool given = connect_timeout_ms > 0;
-  settings.connect_timeout = milliseconds(given ? connect_timeout_ms : kDefaultConnectTimeoutMs);
+  if (options.worker == WEIGHTD_WORKER_SPAWN) {
+    settings.spawn.emplace();
+    WEIGHTD_ASSIGN_OR_RETURN(settings.spawn->binary,
+                             FindWorkerBinary(PlacesHere(Text(options.worker_binary))));
+    settings.spawn->environment = CopyEnvironment();
+  } else if (options.worker != WEIGHTD_WORKER_DAEMON) {
+    return Missing("worker");
+  }
+  WEIGHTD_ASSIGN_OR_RETURN(settings.address, ParseAddress(Text(options.address)));
+  const bool given = options.connect_timeout_ms > 0;
+  settings.connect_timeout =
+      milliseconds(given ? options.connect_timeout_ms : kDefaultConnectTimeoutMs);
   return settings;
 }
 
 StatusOr<std::unique_ptr<ActorClient>> OpenActor(const weightd_actor_options& options) {
-  WEIGHTD_ASSIGN_OR_RETURN(SessionSettings settings,
-                           ReadSettings(options.address, options.connect_timeout_ms));
+  WEIGHTD_ASSIGN_OR_RETURN(SessionSettings settings, ReadSettings(options));
   if (Text(options.model).empty()) return Missing("model");
   if (Text(options.group).empty()) return Missing("group");
   if (options.world_size < 1) return Missing("world_size");
@@ -89,8 +100,7 @@ StatusOr<std::unique_ptr<ActorClient>> OpenActor(const weightd_actor_options& op
 }
 
 StatusOr<std::unique_ptr<EngineClient>> OpenEngine(const weightd_engine_options& options) {
-  WEIGHTD_ASSIGN_OR_RETURN(SessionSettings settings,
-                           ReadSettings(options.address, options.connect_timeout_ms));
+  WEIGHTD_ASSIGN_OR_RETURN(SessionSettings settings, ReadSettings(options));
   settings.background = options.connect_timeout_ms < 0;
   settings.fence_on_link = true;
   if (Text(options.model).empty()) return Missing("model");

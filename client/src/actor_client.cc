@@ -217,6 +217,7 @@ ActorClient::Request ActorClient::Hello() {
   hello->set_group_order(identity_.group_order);
   hello->set_rank(identity_.rank);
   hello->set_world_size(identity_.world_size);
+  hello->set_spawns_worker(spawns_worker());
   return request;
 }
 

@@ -124,8 +124,8 @@ StatusOr<Socket> DialWorker(const std::string& path, Clock::time_point deadline)
   const int error = ConnectUnix(path, deadline, &socket);
   if (error == 0) return socket;
   return Error(StatusCode::kUnavailable, reason::kWorkerLost,
-               "see the daemon's log for why its worker ended; check that this user may open its "
-               "socket",
+               "see the daemon's log for why its worker ended; check that this process sees the "
+               "directory of its socket and may open it",
                "worker cannot be reached: path={} cause={}", path, std::strerror(error));
 }
 

@@ -97,6 +97,7 @@ EngineClient::Request EngineClient::Hello() {
   hello->set_incarnation(incarnation_);
   hello->set_num_ranks(
       static_cast<uint32_t>(identity_.coordinates.tp_size * identity_.coordinates.pp_size));
+  hello->set_spawns_worker(spawns_worker());
   const std::lock_guard lock(mutex_);
   hello->set_held_version(truth_.version());
   *hello->mutable_held_attempt() = truth_.attempt();

@@ -19,6 +19,7 @@
 #include "client/src/dial.h"
 #include "client/src/event_loop.h"
 #include "client/src/link_set.h"
+#include "client/src/own_worker.h"
 #include "daemon/base/clock.h"
 #include "daemon/base/status.h"
 #include "daemon/base/version.h"
@@ -33,6 +34,7 @@ struct SessionSettings {
   milliseconds connect_timeout{10'000};
   bool background = false;     ///< the caller waits neither for the daemon nor for registration
   bool fence_on_link = false;  ///< report to a daemon only when no worker maps the memory any more
+  std::optional<SpawnSettings> spawn;  ///< this client starts the worker of its device if asked to
 };
 
 /// `Protocol` names the gRPC service and its two messages. Life of a session: dial, hello, welcome,
@@ -61,7 +63,14 @@ class Session {
 
  protected:
   explicit Session(SessionSettings settings)
-      : settings_(std::move(settings)), links_(settings_.fence_on_link, LinkCallbacks()) {}
+      : settings_(std::move(settings)),
+        links_(settings_.fence_on_link, LinkCallbacks()),
+        own_worker_(settings_.spawn, settings_.address.text,
+                    [this](uint64_t order, const std::string& how) {
+                      Post([this, order, how] {
+                        ReportWorker(own_worker_.Ended(order, how, registering()));
+                      });
+                    }) {}
 
   // Hooks, called by the session's thread.
   virtual Request Hello() = 0;
@@ -86,6 +95,7 @@ class Session {
     if (control_ == Control::kReady) stream_->Send(request);
   }
   bool lent() const { return lent_ == Lent::kDone; }  ///< session thread
+  bool spawns_worker() const { return settings_.spawn.has_value(); }
   void Post(std::function<void()> task) { loop_.Post(std::move(task)); }
 
   /// What callers see. Guarded by mutex_; changed_ tells of every change.
@@ -143,6 +153,7 @@ class Session {
   void OnLinkReady(const std::string& device, Status status);
   void OnLinkEnd(const std::string& device, bool lost);
   void AwaitAttached();
+  void ReportWorker(const std::optional<OwnWorker::Report>& report);
   void FailRegistration(const Status& status);
   bool registering() const;
 
@@ -155,6 +166,7 @@ class Session {
   std::unique_ptr<Stream> stream_;
   uint64_t stream_id_ = 0;  // tells late callbacks of earlier streams apart
   LinkSet links_;
+  OwnWorker own_worker_;
   std::vector<v1::WorkerEndpoint> announced_;  // by worker_changed, ahead of the registration
   Clock::time_point retry_at_ = Clock::time_point::min();
   Clock::time_point welcome_by_;

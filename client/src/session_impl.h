@@ -12,6 +12,7 @@ Status Session<Protocol>::Open() {
     links_.Clear();
     Publish([](View& view) { view.cancel_stream = nullptr; });
     stream_.reset();
+    own_worker_.Quit();
     Publish([](View& view) { view.stopped = true; });
   });
   if (settings_.background) return absl::OkStatus();
@@ -94,7 +95,8 @@ Clock::time_point Session<Protocol>::Advance() {
     if ((links_.empty() && heard) || now >= close_by_) loop_.Stop();
     return close_by_;
   }
-  Clock::time_point wake = HandleTime();
+  if (now >= own_worker_.deadline()) ReportWorker(own_worker_.Late(registering()));
+  Clock::time_point wake = std::min(HandleTime(), own_worker_.deadline());
   const bool fenced = settings_.fence_on_link && !links_.empty();
   if (control_ == Control::kDown && !over_ && !fenced) {
     if (now < retry_at_) return std::min(wake, retry_at_);
@@ -166,6 +168,7 @@ void Session<Protocol>::Lost(Status cause) {
   if (refused && registering()) FailRegistration(cause);
   if (lent_ != Lent::kNothing) lent_ = Lent::kWanted;
   links_.LetGo();
+  own_worker_.Quit();
   retry_at_ = Clock::now() + backoff_;
   backoff_ = std::min(backoff_ * 2, kLastBackoff);
   Publish([this, &cause](View& view) {
@@ -182,6 +185,9 @@ template <typename Protocol>
 void Session<Protocol>::OnEvent(Event event) {
   if (event.has_welcome()) return OnWelcome(event.welcome().protocol());
   if (event.has_error()) return OnError(FromProto(event.error().detail()), event.error().fatal());
+  if (event.has_start_worker()) return own_worker_.Start(event.start_worker());
+  if (event.has_stop_worker()) return own_worker_.Stop(event.stop_worker());
+  if (event.has_worker_changed()) own_worker_.Seen(event.worker_changed());
   if (event.has_registered() && lent_ == Lent::kSent) {
     if constexpr (requires { event.registered().writers(); }) {
       for (const v1::WorkerEndpoint& writer : event.registered().writers()) links_.Aim(writer);
@@ -292,6 +298,17 @@ void Session<Protocol>::OnLinkEnd(const std::string& device, bool lost) {
                                  .remedy = "see the daemon's log; the client attaches again by "
                                            "itself once the worker is back"});
   });
+}
+
+/// Tells the daemon and the caller of an end of the worker that this client runs.
+template <typename Protocol>
+void Session<Protocol>::ReportWorker(const std::optional<OwnWorker::Report>& report) {
+  if (!report.has_value()) return;
+  Request request;
+  *request.mutable_worker_ended() = report->message;
+  Send(request);
+  if (report->message.given_up()) return FailRegistration(report->error);
+  Publish([&report](View& view) { view.last_error = report->error; });
 }
 
 /// True while a caller waits for the outcome of its registration.

@@ -41,7 +41,7 @@ extern "C" {
 #define WEIGHTD_API
 #endif
 
-#define WEIGHTD_ABI_VERSION 1
+#define WEIGHTD_ABI_VERSION 2
 #define WEIGHTD_MAX_DIMS 8
 
 /* Version of the library, e.g. "0.1.0", and of this ABI. Neither blocks nor fails. */
@@ -102,6 +102,18 @@ typedef struct weightd_tensor {
   const weightd_shard* shards;
 } weightd_tensor;
 
+/* ---- workers ---- */
+/* Who starts the worker of this rank's device, the process that maps and copies its memory. */
+#define WEIGHTD_WORKER_DAEMON 0
+/* This library, as a child of this process, if the daemon does not serve the device itself and no
+ * other client serves it: from weightd_*_register until the object is closed, started again when it
+ * dies. The child has a session of its own and writes to standard error only; it ends when this
+ * process does. Its exit status is waited for by a native thread. The program is `worker_binary`,
+ * else $WEIGHTD_BIN, else "weightd" beside this library, in ../bin from there, or in PATH. The
+ * worker's socket lies in a directory of its own in $XDG_RUNTIME_DIR or /tmp, which other clients
+ * of the device must reach. */
+#define WEIGHTD_WORKER_SPAWN 1
+
 /* ---- actor (trainer rank) ---- */
 typedef struct weightd_actor weightd_actor;
 
@@ -116,6 +128,8 @@ typedef struct weightd_actor_options {
   int32_t connect_timeout_ms; /* 0 = 10,000 */
   const char* device; /* that holds the rank's memory, as the daemon names it: "host", "host.1" or a
                          GPU UUID; NULL or "" = "host" */
+  int32_t worker;     /* WEIGHTD_WORKER_DAEMON or WEIGHTD_WORKER_SPAWN */
+  const char* worker_binary; /* program of a worker that is spawned; NULL or "": see there */
 } weightd_actor_options;
 
 /* Connects and shakes hands. Blocks up to connect_timeout_ms, during which a daemon that is not
@@ -123,6 +137,8 @@ typedef struct weightd_actor_options {
  * worker was lost it connects, registers and lends its memory again, with a backoff of 50 ms to 1
  * s.
  * \error UNAVAILABLE DAEMON_LOST if no daemon answers at the address
+ * \error FAILED_PRECONDITION WORKER_START, before anything else, if there is no program for
+ *   WEIGHTD_WORKER_SPAWN; names the places that were looked at
  * \error FAILED_PRECONDITION FORKED in a child of a process in which one had connected
  * \error FAILED_PRECONDITION PROTOCOL_VERSION if daemon and library speak different protocols
  * \error ALREADY_EXISTS DUPLICATE_RANK, INVALID_ARGUMENT WORLD_SIZE, ABORTED FENCED: see
@@ -139,7 +155,9 @@ WEIGHTD_API weightd_error* weightd_actor_open(const weightd_actor_options* optio
  * the sync is given. The soft limit of open files is raised when it is too low.
  * \error INVALID_ARGUMENT SHAPE/DTYPE/DUPLICATE_TENSOR/TABLE_MISMATCH naming the tensor
  * \error INVALID_ARGUMENT UNKNOWN_DEVICE if the daemon has no worker for the device; lists those
- *   that it serves
+ *   that it serves. Not with WEIGHTD_WORKER_SPAWN
+ * \error FAILED_PRECONDITION WORKER_START if the worker that this process was asked to start ends
+ *   three times before the daemon has taken it, or is not taken within 30 s
  * \error INVALID_ARGUMENT SHARED_MEMORY naming the tensor if its object is smaller than it should
  *   be
  * \error UNIMPLEMENTED MEMORY naming the tensor if no other process can map its GPU memory (sleep
@@ -226,6 +244,8 @@ typedef struct weightd_engine_options {
                            Commit at once */
   int32_t connect_timeout_ms; /* 0 = 10,000; < 0: do not wait, keep trying in the background */
   const char* device;         /* that holds the rank's memory, as weightd_actor_options */
+  int32_t worker;             /* WEIGHTD_WORKER_DAEMON or WEIGHTD_WORKER_SPAWN */
+  const char* worker_binary;  /* as weightd_actor_options */
 } weightd_engine_options;
 
 /* One parameter of this rank. kind: 1 raw; 2 derived: lent in its loadable layout, converted before
@@ -250,7 +270,7 @@ WEIGHTD_API weightd_error* weightd_engine_open(const weightd_engine_options* opt
  * daemon and worker have taken them, unless connect_timeout_ms < 0, in which case it goes on in
  * the background and weightd_engine_state tells.
  * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE if no rule file describes the model;
- *   INVALID_ARGUMENT (and UNKNOWN_DEVICE) as weightd_actor_register */
+ *   INVALID_ARGUMENT (and UNKNOWN_DEVICE) and WORKER_START as weightd_actor_register */
 WEIGHTD_API weightd_error* weightd_engine_register(weightd_engine* engine,
                                                    const weightd_param* params, size_t num_params);
 

@@ -12,9 +12,10 @@ from typing import Optional
 from weightd import errors
 from weightd.ack import Ack
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_DIMS = 8
 SPACE_CUDA = 1
+WORKERS = ("daemon", "spawn")  # by the number of the C ABI
 _FIELDS = ("reason", "message", "tensor", "rank", "phase", "peer", "remedy", "result")
 
 Dims = ctypes.c_int64 * MAX_DIMS
@@ -64,6 +65,8 @@ class ActorOptions(ctypes.Structure):
         ("world_size", ctypes.c_int32),
         ("connect_timeout_ms", ctypes.c_int32),
         ("device", ctypes.c_char_p),
+        ("worker", ctypes.c_int32),
+        ("worker_binary", ctypes.c_char_p),
     ]
 
 
@@ -116,6 +119,8 @@ class EngineOptions(ctypes.Structure):
         ("auto_quiesce", ctypes.c_int32),
         ("connect_timeout_ms", ctypes.c_int32),
         ("device", ctypes.c_char_p),
+        ("worker", ctypes.c_int32),
+        ("worker_binary", ctypes.c_char_p),
     ]
 
 
@@ -306,6 +311,19 @@ def close_handle(
         lib.weightd_actor_sync_cancel(handle)
     with lock:
         getattr(lib, f"weightd_{kind}_close")(handle)
+
+
+def worker_number(worker: str) -> int:
+    """WEIGHTD_WORKER_DAEMON or WEIGHTD_WORKER_SPAWN.
+
+    Raises:
+        errors.LayoutError: it is neither.
+    """
+    if worker not in WORKERS:
+        raise errors.layout_error(
+            f"unknown worker: {worker!r}", reason="CONFIG", remedy=f"one of {', '.join(WORKERS)}"
+        )
+    return WORKERS.index(worker)
 
 
 def encode(text: Optional[str]) -> Optional[bytes]:

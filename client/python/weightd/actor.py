@@ -46,9 +46,12 @@ class Actor:
         device: that holds this rank's tensors, by the daemon's name: ``host``, ``host.1`` or a
             GPU's UUID; None is ``host``. `register` raises `errors.LayoutError` for a device that
             no worker serves.
+        worker: who starts the worker of that device if the daemon does not serve it itself:
+            ``daemon`` (nobody: such a device is refused) or ``spawn`` (this process, as its child,
+            unless another client has).
 
     Raises:
-        errors.UnavailableError: no daemon answers.
+        errors.UnavailableError: no daemon answers, or there is no program to spawn.
         errors.EngineError: an engine cannot be driven; names it.
         errors.UnsupportedError: an engine is of no known kind, or lives in another rank than 0.
         errors.GroupError: rank, world size and group do not fit together.
@@ -69,6 +72,7 @@ class Actor:
         engine_timeout: float = 4.0,
         connect_timeout: float = 10.0,
         device: Optional[str] = None,
+        worker: str = "daemon",
     ) -> None:
         if pause_mode not in PAUSE_MODES:
             raise layout_error(
@@ -87,6 +91,7 @@ class Actor:
             self.group.world_size,
             max(1, int(connect_timeout * 1000)),
             _native.encode(device),
+            _native.worker_number(worker),
         )
         handle = ctypes.c_void_p()
         _native.check(lib.weightd_actor_open(ctypes.byref(options), ctypes.byref(handle)))

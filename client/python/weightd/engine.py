@@ -63,9 +63,10 @@ class EngineRank:
         connect_timeout: seconds to wait for the daemon; negative goes on in the background.
         device: that holds this rank's parameters, by the daemon's name: ``host``, ``host.1`` or a
             GPU's UUID; None is ``host``.
+        worker: ``daemon`` or ``spawn``: who starts the worker of that device, as for `Actor`.
 
     Raises:
-        errors.UnavailableError: no daemon answers.
+        errors.UnavailableError: no daemon answers, or there is no program to spawn.
         errors.LayoutError: unknown architecture, profile or device, a parameter no rule covers,
             bad shapes.
         errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
@@ -95,6 +96,7 @@ class EngineRank:
         commit: Optional[Commit] = None,
         connect_timeout: float = 10.0,
         device: Optional[str] = None,
+        worker: str = "daemon",
     ) -> None:
         self._lib = _native.library()
         pairs = named_pairs(params)
@@ -121,6 +123,7 @@ class EngineRank:
             auto_quiesce=int(quiesce is None and commit is None),
             connect_timeout_ms=_timeout_ms(connect_timeout),
             device=_native.encode(device),
+            worker=_native.worker_number(worker),
         )
         shared = _memory.share([pair for pair, kind in zip(pairs, numbers) if kind != OPAQUE])
         handle = ctypes.c_void_p()

@@ -15,7 +15,7 @@ MemoryMovedError   MEMORY_MOVED (a LayoutError)
 VersionError       STALE_VERSION REUSED_VERSION
 GroupError         WORLD_SIZE DUPLICATE_RANK                                            6
 FencedError        FENCED                                                               10
-UnavailableError   PEER_LOST WORKER_LOST DAEMON_LOST DRAINING SOCKET                    14
+UnavailableError   PEER_LOST WORKER_LOST WORKER_START DAEMON_LOST DRAINING SOCKET       14
 DeadlineError      DEADLINE                                                             4
 ResourceError      MESSAGE_TOO_LARGE FILE_DESCRIPTORS TOO_MANY_SESSIONS                 8
 SharedMemoryError  SHARED_MEMORY (a ResourceError)
@@ -197,7 +197,8 @@ _BY_REASON: dict[str, type[Error]] = {
     **dict.fromkeys(("WORLD_SIZE", "DUPLICATE_RANK"), GroupError),
     "FENCED": FencedError,
     **dict.fromkeys(
-        ("PEER_LOST", "WORKER_LOST", "DAEMON_LOST", "DRAINING", "SOCKET"), UnavailableError
+        ("PEER_LOST", "WORKER_LOST", "WORKER_START", "DAEMON_LOST", "DRAINING", "SOCKET"),
+        UnavailableError,
     ),
     "DEADLINE": DeadlineError,
     **dict.fromkeys(

@@ -306,6 +306,15 @@ def test_device_of_the_memory_is_passed_on(library: FakeLibrary) -> None:
     assert library.opened["device"] == b"host.1"
 
 
+def test_who_starts_the_worker_is_passed_on(library: FakeLibrary) -> None:
+    Actor(model="m").close()
+    assert (library.opened["worker"], library.opened["worker_binary"]) == (0, None)
+    Actor(model="m", worker="spawn").close()
+    assert library.opened["worker"] == 1
+    with pytest.raises(errors.LayoutError, match="unknown worker: 'fork'"):
+        Actor(model="m", worker="fork")
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

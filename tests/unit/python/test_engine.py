@@ -32,6 +32,13 @@ def test_parameters_are_lent_and_tied_names_become_aliases(library: FakeLibrary)
         assert library.opened["profile"] == b"vllm-0.32"
 
 
+def test_who_starts_the_worker_is_passed_on(library: FakeLibrary) -> None:
+    with _engine([("w", torch.zeros(2))]):
+        assert library.opened["worker"] == 0
+    with _engine([("w", torch.zeros(2))], worker="spawn"):
+        assert library.opened["worker"] == 1
+
+
 def test_device_of_the_memory_is_passed_on(library: FakeLibrary) -> None:
     with _engine([("w", torch.zeros(2))], device="host.1"):
         assert library.opened["device"] == b"host.1"

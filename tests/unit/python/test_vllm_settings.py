@@ -35,3 +35,13 @@ def test_unknown_keys_and_wrong_types_are_refused() -> None:
         _read({"weightd": {"model": 3}})
     with pytest.raises(errors.LayoutError, match="auto, rules, trace"):
         _read({"weightd": {"layout": "tracing"}})
+    with pytest.raises(errors.LayoutError, match="worker='fork'.*daemon, spawn"):
+        _read({"weightd": {"worker": "fork"}})
+    with pytest.raises(errors.LayoutError, match="worker='fork'"):
+        _read({}, WEIGHTD_WORKER="fork")
+
+
+def test_one_flag_lets_a_vllm_worker_start_the_worker() -> None:
+    assert _read({}).worker == "daemon"
+    assert _read({"weightd": {"worker": "spawn"}}).worker == "spawn"
+    assert _read({"weightd": {"worker": "daemon"}}, WEIGHTD_WORKER="spawn").worker == "spawn"

@@ -117,6 +117,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             quiesce=self._quiesce,
             commit=self._commit,
             connect_timeout=-1.0,
+            worker=self._settings.worker,
             **coordinates(vllm_config),
         )
         guard.install_in_worker()

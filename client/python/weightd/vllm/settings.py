@@ -10,7 +10,7 @@ from typing import Any, Mapping, Optional
 from weightd.errors import layout_error
 
 _KEY = "weightd"
-_LAYOUTS = ("auto", "rules", "trace")
+_CHOICES = {"layout": ("auto", "rules", "trace"), "worker": ("daemon", "spawn")}
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Settings:
             one that vLLM draws at every start.
         layout: ``"auto"`` traces vLLM's own loader where the daemon has no rule file for the model,
             ``"trace"`` always, ``"rules"`` never.
+        worker: ``"spawn"`` lets a vLLM worker start weightd's worker of its device where the daemon
+            does not serve it; ``WEIGHTD_WORKER`` wins.
         quiesce_timeout: seconds that a sync waits for ``update_weights``; below the daemon's
             deadline of Prepare, so that the reason is told.
         update_timeout: seconds that ``update_weights`` waits for the sync to reach this engine.
@@ -36,6 +38,7 @@ class Settings:
     model: str = ""
     engine: str = ""
     layout: str = "auto"
+    worker: str = "daemon"
     quiesce_timeout: float = 12.0
     update_timeout: float = 60.0
     connect_timeout: float = 3.0
@@ -73,17 +76,18 @@ def read_settings(
                 reason="CONFIG",
                 remedy="seconds are numbers, names and addresses are text",
             )
-    if given.get("layout", "auto") not in _LAYOUTS:
-        raise layout_error(
-            f"unknown value in additional_config of vLLM: {_KEY}.layout={given['layout']!r}",
-            reason="CONFIG",
-            remedy=f"use one of {', '.join(_LAYOUTS)}",
-        )
     values = {"model": served_model_name, "engine": f"vllm-{instance_id}", **given}
-    for key in ("address", "model", "engine"):
+    for key in ("address", "model", "engine", "worker"):
         from_environment = environment.get(f"WEIGHTD_{key.upper()}")
         if from_environment:
             values[key] = from_environment
+    for key, choices in _CHOICES.items():
+        if values.get(key, choices[0]) not in choices:
+            raise layout_error(
+                f"unknown value in additional_config of vLLM: {_KEY}.{key}={values[key]!r}",
+                reason="CONFIG",
+                remedy=f"use one of {', '.join(choices)}",
+            )
     return Settings(**values)
 
 

@@ -43,6 +43,7 @@ class WeightdTrainerInitInfo(TrainerInitInfo):
         group: id from `weightd.new_group`, equal on all ranks; None shares one.
         engine_timeout: seconds that a call to the engine may take.
         first_version: of the first `send_weights`; above every version that engines hold already.
+        worker: who starts the worker of this rank's device, as for `weightd.Actor`.
         rank: of this process; rank 0 drives the engine.
     """
 
@@ -54,6 +55,7 @@ class WeightdTrainerInitInfo(TrainerInitInfo):
     group: Optional[str] = None
     engine_timeout: float = 4.0
     first_version: int = 1
+    worker: str = "daemon"
 
 
 class _Unpaused:
@@ -146,6 +148,7 @@ class WeightdTrainerEngine(TrainerWeightTransferEngine[WeightdTrainerInitInfo]):
             engines=[_Unpaused(client)],
             reset_caches=False,
             engine_timeout=init_info.engine_timeout,
+            worker=init_info.worker,
         )
         try:
             if isinstance(source, ModuleSource):
