@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Builds the weightd wheel: the Python package, libweightd.so and every library that it needs.
+"""Builds the weightd wheel: the Python package, libweightd.so, the program of the worker and every
+library that they need.
 
     build_wheel.py BUILD_DIR [--out dist]
 
-BUILD_DIR is a CMake build directory with a built libweightd.so. The wheel is pure ctypes, so one
+BUILD_DIR is a CMake build directory with a built libweightd.so; if it has a built weightd, that lies
+beside the library, where `worker="spawn"` finds it. The wheel is pure ctypes, so one
 serves every Python from 3.10 on. Libraries that are not part of glibc or of the compiler's runtime
 are copied beside libweightd.so under names that carry a hash of their content, so that they never
 meet another copy of gRPC in the same process. The same inputs give the same bytes. Needs ldd and
@@ -28,6 +30,7 @@ from pathlib import Path
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 LIBRARY = "libweightd.so"
+PROGRAM = "weightd"
 LIBRARY_DIR = "weightd/_lib"
 # Part of every glibc system, or (libstdc++, libgcc_s) of every system that can load torch.
 SYSTEM_LIBRARIES = re.compile(
@@ -118,12 +121,17 @@ def hashed_name(soname: str, content: bytes) -> str:
     return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}.so{version}"
 
 
-def bundle(library: Path, folder: Path) -> None:
-    """Copies a library and its closure into a folder, renamed and linked to each other there."""
-    places = resolve(library)
+def bundle(library: Path, program: Path, folder: Path) -> None:
+    """Copies the library, the program if it is there, and their closure into a folder.
+
+    Closure libraries are renamed, and everything is linked to what lies there.
+    """
+    roots = {LIBRARY: library}
+    if program.is_file():
+        roots[PROGRAM] = program
+    places = {soname: path for root in roots.values() for soname, path in resolve(root).items()}
     names = {soname: hashed_name(soname, path.read_bytes()) for soname, path in places.items()}
-    copies = {names[soname]: path for soname, path in places.items()}
-    copies[LIBRARY] = library
+    copies = {names[soname]: path for soname, path in places.items()} | roots
     for name, source in sorted(copies.items()):
         target = folder / name
         shutil.copyfile(source, target)
@@ -131,7 +139,8 @@ def bundle(library: Path, folder: Path) -> None:
         renames = [(old, names[old]) for old in needed(target) if old in names]
         arguments = [part for old, new in renames for part in ("--replace-needed", old, new)]
         # One operation a call: patchelf ignores others beside --set-soname.
-        run("patchelf", "--set-soname", name, str(target))
+        if name != PROGRAM:
+            run("patchelf", "--set-soname", name, str(target))
         if arguments:
             run("patchelf", *arguments, str(target))
         run("patchelf", "--set-rpath", "$ORIGIN", str(target))
@@ -188,7 +197,8 @@ def write_wheel(path: Path, files: dict[str, bytes]) -> None:
             entry = zipfile.ZipInfo(name, ZIP_TIME)
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.create_system = 3
-            entry.external_attr = (stat.S_IFREG | 0o644) << 16
+            mode = 0o755 if name == f"{LIBRARY_DIR}/{PROGRAM}" else 0o644
+            entry.external_attr = (stat.S_IFREG | mode) << 16
             archive.writestr(entry, content)
     os.replace(partial, path)
 
@@ -206,7 +216,7 @@ def build(build_dir: Path, out: Path) -> Path:
             files[path.relative_to(PACKAGE_DIR).as_posix()] = path.read_bytes()
     with tempfile.TemporaryDirectory(prefix="weightd-wheel-") as name:
         folder = Path(name)
-        bundle(find_library(build_dir), folder)
+        bundle(find_library(build_dir), build_dir / "bin" / PROGRAM, folder)
         check_bundle(folder)
         for path in sorted(folder.iterdir()):
             files[f"{LIBRARY_DIR}/{path.name}"] = path.read_bytes()

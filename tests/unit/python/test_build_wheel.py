@@ -78,6 +78,27 @@ def test_wheel_is_complete_and_loads_without_the_build_directory(
 
 
 @needs_tools
+def test_program_of_the_worker_lies_beside_the_library_and_runs(
+    builder: ModuleType, build_dir: Path, tmp_path: Path
+) -> None:
+    (build_dir / "bin").mkdir()
+    source = tmp_path / "weightd.c"
+    source.write_text("int helper(void); int main(void) { return helper(); }")
+    program = str(build_dir / "bin" / "weightd")
+    flags = [f"-Wl,-rpath,{build_dir}", f"-L{build_dir}", "-lhelper"]
+    subprocess.run(["gcc", "-o", program, str(source), *flags], check=True)
+    wheel = builder.build(build_dir, tmp_path / "dist")
+    shutil.rmtree(build_dir)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        modes = {entry.filename: entry.external_attr >> 16 for entry in archive.infolist()}
+    assert modes["weightd/_lib/weightd"] & 0o111  # pip keeps that
+    installed = tmp_path / "site" / "weightd" / "_lib" / "weightd"
+    installed.chmod(0o755)
+    assert subprocess.run([str(installed)], check=False).returncode == 42
+
+
+@needs_tools
 def test_same_input_gives_the_same_bytes(
     builder: ModuleType, build_dir: Path, tmp_path: Path
 ) -> None:
