@@ -2,12 +2,14 @@
 layout of ``full_tensor()`` cast to the engine's dtype.
 
 One sync serves four engines at once: TP 1 and 2, each in bfloat16 and float32. Memory is on one
-device, or spread over three, so that several workers write into one engine rank.
+device, or spread over three, so that several workers write into one engine rank. Workers are the
+daemon's children, or those of trainer and engine ranks (``spawn``).
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -62,6 +64,13 @@ def engine_processes(cluster: Cluster) -> list[EngineProcess]:
     return [cluster.start_engines(f"engines{i}") for i in range(2)]
 
 
+@pytest.fixture(scope="module")
+def bare_cluster() -> Iterator[Cluster]:
+    """A daemon without a worker of its own."""
+    with Cluster("[worker]\ndevices = []\n") as running:
+        yield running
+
+
 def _model(family: str, dtype: torch.dtype) -> nn.Module:
     """The same weights in every process: distinct values, several of them not exact in bfloat16."""
     kind, config_kind, more = FAMILIES[family]
@@ -108,13 +117,16 @@ def _train(
     devices: tuple[str, ...],
     engines: list[tuple[EngineCaller, str]],
     folder: Path,
+    worker: str,
 ) -> list[str]:
     """One trainer rank: three versions, each checked in every engine. Returns what went wrong."""
     shape, names = TRAINERS[trainer]
     whole, model = _model(family, dtype), _model(family, dtype)
     _shard(model, init_device_mesh("cpu", shape, mesh_dim_names=names))
     problems: list[str] = []
-    with Actor(address, model=model_key, device=devices[rank % len(devices)]) as actor:
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)  # of the sockets of spawned workers
+    device = devices[rank % len(devices)]
+    with Actor(address, model=model_key, device=device, worker=worker) as actor:
         actor.register(model)
         for version in VERSIONS:
             _step(model, version)
@@ -147,7 +159,11 @@ def _unexpected(ack: Any, version: int) -> list[str]:
 
 
 def _open_engines(
-    processes: list[EngineProcess], model_key: str, family: str, devices: tuple[str, ...]
+    processes: list[EngineProcess],
+    model_key: str,
+    family: str,
+    devices: tuple[str, ...],
+    worker: str,
 ) -> list[tuple[EngineCaller, str]]:
     """Opens every engine of the case; ranks of one engine lie in different processes."""
     _, config_kind, more = FAMILIES[family]
@@ -169,6 +185,7 @@ def _open_engines(
                 tp_size=tp_size,
                 dtype=dtype,
                 device=devices[(number + tp_rank) % len(devices)],
+                worker=worker,
             )
             opened.append((process.caller, key))
     return opened
@@ -200,8 +217,37 @@ def test_engines_hold_the_golden_layout_bit_for_bit(
     dtype: torch.dtype,
     devices: tuple[str, ...],
 ) -> None:
+    _run_case(cluster, engine_processes, family, trainer, dtype, devices, "daemon")
+
+
+@pytest.mark.parametrize("devices", (ONE_DEVICE, DEVICES), ids=_case_id)
+def test_spawned_workers_are_as_exact_and_leave_nothing(
+    bare_cluster: Cluster, devices: tuple[str, ...]
+) -> None:
+    """The daemon serves no device: each device's worker is the child of a rank."""
+    environment = {"XDG_RUNTIME_DIR": str(bare_cluster.folder)}
+    processes = [
+        bare_cluster.start_engines(f"bare{len(devices)}-{i}", environment=environment)
+        for i in range(2)
+    ]
+    family, trainer = "LlamaForCausalLM", "fsdp4"
+    _run_case(bare_cluster, processes, family, trainer, torch.float32, devices, "spawn")
+    for process in processes:
+        process.close()
+    assert [path.name for path in bare_cluster.folder.glob("weightd-worker-*")] == []
+
+
+def _run_case(
+    cluster: Cluster,
+    processes: list[EngineProcess],
+    family: str,
+    trainer: str,
+    dtype: torch.dtype,
+    devices: tuple[str, ...],
+    worker: str,
+) -> None:
     model_key = f"{family}-{trainer}-{str(dtype).removeprefix('torch.')}-{len(devices)}"
-    engines = _open_engines(engine_processes, model_key, family, devices)
+    engines = _open_engines(processes, model_key, family, devices, worker)
     try:
         problems = run_ranks(
             4,
@@ -214,6 +260,7 @@ def test_engines_hold_the_golden_layout_bit_for_bit(
             devices,
             engines,
             cluster.folder,
+            worker,
         )
     except AssertionError as error:
         pytest.fail(f"{error}\n{cluster.logs()}")

@@ -75,11 +75,20 @@ class TrainerRank:
         world_size: int,
         staged: bool = False,
         device: Optional[str] = None,
+        worker: str = "daemon",
+        environment: Optional[dict[str, str]] = None,
     ) -> None:
         """Opens the session and registers the shards; ``staged`` lends no memory."""
+        os.environ.update(environment or {})  # a worker that is spawned gets it
         self._place = (rank, world_size)
         self._actor = Actor(
-            address, model=model, group=group, rank=rank, world_size=world_size, device=device
+            address,
+            model=model,
+            group=group,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            worker=worker,
         )
         if staged:
             return
@@ -155,8 +164,11 @@ class ServingRank:
         tp_rank: int,
         tp_size: int,
         device: Optional[str] = None,
+        worker: str = "daemon",
+        environment: Optional[dict[str, str]] = None,
     ) -> None:
         """Opens the rank with poisoned parameters."""
+        os.environ.update(environment or {})  # a worker that is spawned gets it
         self._place = (tp_rank, tp_size)
         like = expected_params(CONFIG, canaries(0), tp_rank, tp_size, torch.float32)
         self._params = {
@@ -172,6 +184,7 @@ class ServingRank:
             tp_rank=tp_rank,
             tp_size=tp_size,
             device=device,
+            worker=worker,
         )
 
     def state(self) -> dict[str, Any]:

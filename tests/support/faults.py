@@ -90,7 +90,11 @@ class Scene:
     model = "m"
 
     def __init__(
-        self, folder: Path, settings: str = "", devices: tuple[str, ...] = ("host",)
+        self,
+        folder: Path,
+        settings: str = "",
+        devices: tuple[str, ...] = ("host",),
+        worker: str = "daemon",
     ) -> None:
         """Starts the daemon.
 
@@ -99,13 +103,24 @@ class Scene:
             settings: TOML appended to the configuration, whole sections.
             devices: that the daemon serves, one worker each. Trainer rank i and, from the end,
                 engine rank i have their memory on the i-th of them.
+            worker: ``spawn``: the daemon serves none of them, ranks start the workers; their
+                sockets are under ``sockets``.
         """
+        self._spawns: dict[str, Any] = {}
+        self.sockets = folder / "run"
+        if worker == "spawn":
+            self.sockets.mkdir()
+            environment = {
+                "WEIGHTD_FAILPOINT_DIR": str(folder / "points"),
+                "XDG_RUNTIME_DIR": str(self.sockets),
+            }
+            self._spawns = {"worker": worker, "environment": environment}
         self.devices = devices
         self.points = Failpoints(folder / "points")
         os.environ["WEIGHTD_FAILPOINT_DIR"] = str(self.points.folder)
         try:
             self.cluster = Cluster(
-                f"{_SETTINGS}devices = {json.dumps(devices)}\n\n{settings}"
+                f"{_SETTINGS}devices = {json.dumps([] if self._spawns else devices)}\n\n{settings}"
             )
         finally:
             del os.environ["WEIGHTD_FAILPOINT_DIR"]
@@ -146,6 +161,7 @@ class Scene:
             world_size=WORLD_SIZE,
             staged=staged,
             device=self.devices[rank % len(self.devices)],
+            **self._spawns,
         )
         return actor
 
@@ -169,6 +185,7 @@ class Scene:
             tp_rank=tp_rank,
             tp_size=TP_SIZE,
             device=device or self.devices[(tp_rank - TP_SIZE) % len(self.devices)],
+            **self._spawns,
         )
         return player
 
@@ -315,6 +332,7 @@ class Scene:
         self._pids.add(self.cluster.daemon_pid)
         self.cluster.stop_daemon(signal.SIGTERM)
         left = sorted(path.name for path in self.cluster.folder.glob("*.sock"))
+        left += [path.name for path in self.sockets.glob("*")]
         processes = [pid for pid in self._pids if _alive(pid)]
         marks = [f"_{pid}_" for pid in self._pids]
         shared = [

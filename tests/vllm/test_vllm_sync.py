@@ -24,9 +24,15 @@ MODEL = "policy"
 PROMPTS = [[5, 6, 7, 8], [200, 3], [17, 250, 31, 99, 4, 60, 2]]
 TOKENS = 12
 DTYPES = (torch.bfloat16, torch.float32)
-# TP size, dtype, eager; one case with vLLM's default, torch.compile.
-CASES = [(1, "bfloat16", True), (1, "float32", False), (2, "bfloat16", True), (2, "float32", True)]
-IDS = [f"{tp_size}-{dtype}" for tp_size, dtype, _ in CASES]
+# TP size, dtype, eager, who starts weightd's worker; one case with vLLM's default, torch.compile, and
+# one in which the daemon has no worker: a worker of vLLM starts it and the trainer uses it.
+CASES = [
+    (1, "bfloat16", True, "daemon"),
+    (1, "float32", False, "daemon"),
+    (2, "bfloat16", True, "spawn"),
+    (2, "float32", True, "daemon"),
+]
+IDS = [f"{tp_size}-{dtype}" for tp_size, dtype, *_ in CASES]
 
 
 def _save(folder: Path, name: str, steps: int) -> str:
@@ -49,14 +55,17 @@ def _bits(answers: list[Any]) -> list[Any]:
     return [(answer["tokens"], answer["logprobs"]) for answer in answers]
 
 
-@pytest.mark.parametrize(("tp_size", "dtype", "eager"), CASES, ids=IDS)
-def test_engine_equals_a_fresh_one(tp_size: int, dtype: str, eager: bool, capsys: Any) -> None:
+@pytest.mark.parametrize(("tp_size", "dtype", "eager", "worker"), CASES, ids=IDS)
+def test_engine_equals_a_fresh_one(
+    tp_size: int, dtype: str, eager: bool, worker: str, capsys: Any
+) -> None:
     options = {"dtype": dtype, "tensor_parallel_size": tp_size, "enforce_eager": eager}
-    with Cluster() as cluster:
+    with Cluster("" if worker == "daemon" else "[worker]\ndevices = []\n") as cluster:
         engine = start_vllm(cluster, "engine", tp_size)
         try:
+            settings = {"model": MODEL, "worker": worker}
             start = engine.call(
-                "open", path=_save(cluster.folder, "other", 0), weightd={"model": MODEL}, **options
+                "open", path=_save(cluster.folder, "other", 0), weightd=settings, **options
             )
             counts = [worker["counts"] for worker in engine.call("call", method="weightd_state")]
             with capsys.disabled():
