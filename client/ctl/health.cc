@@ -4,6 +4,7 @@
 
 #include <set>
 
+#include "client/ctl/table.h"
 #include "daemon/wire/convert.h"
 
 namespace weightd::ctl {
@@ -13,12 +14,13 @@ Health JudgeDaemon(const v1::GetStatusResponse& status) {
   std::string spawned;
   for (const auto& worker : status.workers()) {
     const std::string owner =
-        worker.owner().empty() ? "" : fmt::format(" (started by {})", worker.owner());
+        worker.owner().empty() ? "" : fmt::format(" (started by {})", Printable(worker.owner()));
     if (!worker.attached()) {
-      return {false, fmt::format("worker {}{} is not attached{}", worker.device(), owner,
-                                 worker.last_exit().empty()
-                                     ? ""
-                                     : fmt::format(" (last exit: {})", worker.last_exit()))};
+      return {false,
+              fmt::format("worker {}{} is not attached{}", worker.device(), owner,
+                          worker.last_exit().empty()
+                              ? ""
+                              : fmt::format(" (last exit: {})", Printable(worker.last_exit())))};
     }
     if (!owner.empty()) spawned += "; " + worker.device() + owner;
   }

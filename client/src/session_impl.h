@@ -185,7 +185,10 @@ template <typename Protocol>
 void Session<Protocol>::OnEvent(Event event) {
   if (event.has_welcome()) return OnWelcome(event.welcome().protocol());
   if (event.has_error()) return OnError(FromProto(event.error().detail()), event.error().fatal());
-  if (event.has_start_worker()) return own_worker_.Start(event.start_worker());
+  if (event.has_start_worker()) {
+    if (!closing_) own_worker_.Start(event.start_worker());
+    return;
+  }
   if (event.has_stop_worker()) return own_worker_.Stop(event.stop_worker());
   if (event.has_worker_changed()) own_worker_.Seen(event.worker_changed());
   if (event.has_registered() && lent_ == Lent::kSent) {

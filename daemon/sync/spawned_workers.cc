@@ -65,7 +65,9 @@ void SpawnedWorkers::Remove(const OwnerPort* client, const std::string& but_from
 }
 
 void SpawnedWorkers::Ended(const OwnerPort* client, const std::string& device,
-                           const std::string& how, bool given_up) {
+                           const std::string& why, bool given_up) {
+  constexpr size_t kLongest = 200;  // a client's word, kept and shown
+  const std::string how = why.substr(0, kLongest);
   const auto it = workers_.find(device);
   if (it == workers_.end() || it->second.owner != client) return;
   Worker& worker = it->second;

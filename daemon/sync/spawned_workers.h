@@ -37,8 +37,8 @@ class SpawnedWorkers {
              const std::string& device);
   /// The client has ended. Its worker follows; then another client is asked.
   void Withdraw(const OwnerPort* client);
-  /// The client's worker has ended: `how`. One that gives up is not asked again.
-  void Ended(const OwnerPort* client, const std::string& device, const std::string& how,
+  /// The client's worker has ended: `why`. One that gives up is not asked again.
+  void Ended(const OwnerPort* client, const std::string& device, const std::string& why,
              bool given_up);
 
   /// The owner of this device's worker if the token is the one that it was given; else nullptr.

@@ -1,4 +1,4 @@
-"""worker="spawn": what is refused, who starts the worker, and that the client's process is left alone."""
+"""worker="spawn": what is refused, who starts the worker, and what the client's process keeps."""
 
 from __future__ import annotations
 
