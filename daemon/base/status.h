@@ -78,6 +78,7 @@ inline constexpr char kGpuMemory[] = "GPU_MEMORY";
 inline constexpr char kSocket[] = "SOCKET";
 inline constexpr char kMemory[] = "MEMORY";
 inline constexpr char kProtocol[] = "PROTOCOL";
+inline constexpr char kStaged[] = "STAGED";
 inline constexpr char kDraining[] = "DRAINING";
 inline constexpr char kInternal[] = "INTERNAL";
 }  // namespace reason

@@ -43,6 +43,7 @@ struct ParamInfo {
   ParamKind kind = ParamKind::kRaw;
   std::string
       alias_of;  ///< not empty: shares the storage of that parameter and is not written by itself
+  uint32_t stage = 0;  ///< 0: written in place; see daemon/layout/stages.h
   bool operator==(const ParamInfo&) const = default;
 };
 

@@ -100,7 +100,10 @@ void PlanHasher::Add(const RankLayout& layout) {
     state_->Text(param.alias_of);
     state_->Sizes(param.shape);
     state_->Word(static_cast<uint8_t>(param.dtype));
-    state_->Word(static_cast<uint8_t>(param.kind));
+    constexpr uint8_t kStaged = 0x80;
+    const auto kind = static_cast<uint8_t>(param.kind);
+    state_->Word(static_cast<uint8_t>(param.stage == 0 ? kind : kind | kStaged));
+    if (param.stage != 0) state_->Word(param.stage);
   }
   state_->Word<uint64_t>(layout.writes.size());
   for (const Write& write : layout.writes) {

@@ -35,6 +35,7 @@ struct BoundTarget {
   std::string label;            ///< for messages, e.g. "engine e0 tp 1"
   uint64_t registration = 0;    ///< never used again once params lie elsewhere
   bool remote = false;          ///< its memory belongs to another device than the worker's
+  uint32_t round = 0;           ///< of the plan that layout and plan are of
 };
 
 /// A plan bound to this process's mappings.

@@ -115,6 +115,7 @@ v1::ParamSpec ToProto(const ParamInfo& param) {
   spec.set_dtype(static_cast<v1::DType>(param.dtype));
   spec.set_kind(static_cast<v1::ParamKind>(param.kind));
   spec.set_alias_of(param.alias_of);
+  spec.set_stage(param.stage);
   return spec;
 }
 
@@ -131,6 +132,7 @@ StatusOr<ParamInfo> FromProto(const v1::ParamSpec& spec) {
   }
   param.kind = static_cast<ParamKind>(spec.kind());
   param.alias_of = spec.alias_of();
+  param.stage = spec.stage();
   return param;
 }
 

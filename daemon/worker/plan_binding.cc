@@ -88,21 +88,23 @@ Status BindSources(const LoadedPlan& plan, const PinnedMembers& pinned, BoundPla
   return absl::OkStatus();
 }
 
-StatusOr<std::vector<Binding>> BindParams(const RankLayout& layout, const std::string& label,
-                                          const MemberMemory& memory) {
+StatusOr<std::vector<Binding>> BindParams(const RankLayout& layout,
+                                          std::span<const uint32_t> positions,
+                                          const std::string& label, const MemberMemory& memory) {
   std::vector<Binding> bindings(layout.params.size());
   BlockCursor cursor(memory);
   for (uint32_t i = 0; i < layout.params.size(); ++i) {
     const ParamInfo& param = layout.params[i];
     if (param.kind == ParamKind::kOpaque || !param.alias_of.empty()) continue;
-    WEIGHTD_ASSIGN_OR_RETURN(
-        bindings[i], BindBlock(cursor.Find(i, 0), param.name, label, param.shape, param.dtype));
+    const MemoryBlock* block = cursor.Find(positions.empty() ? i : positions[i], 0);
+    WEIGHTD_ASSIGN_OR_RETURN(bindings[i],
+                             BindBlock(block, param.name, label, param.shape, param.dtype));
   }
   return bindings;
 }
 
-Status BindEngineRank(const LoadedPlan& plan, uint32_t target, const PinnedMembers& pinned,
-                      BoundPlan* bound) {
+Status BindEngineRank(const LoadedPlan& plan, uint32_t target, uint32_t round,
+                      const PinnedMembers& pinned, BoundPlan* bound) {
   const PlanInput& in = plan.input;
   bound->table = &in.table;
   bound->shards = in.shards;
@@ -111,8 +113,10 @@ Status BindEngineRank(const LoadedPlan& plan, uint32_t target, const PinnedMembe
   const PinnedMembers::Entry* entry = pinned.Find(in.targets[target]);
   WEIGHTD_CHECK(entry != nullptr);
   BoundTarget& result = bound->targets[target];
-  result.layout = &in.layouts[target];
-  result.plan = &plan.ranks[target];
+  const RankRound& part = plan.ranks[target][round];
+  result.layout = part.layout;
+  result.plan = &part.plan;
+  result.round = round;
   result.label = entry->member->label();
   result.registration = entry->memory->id;
   result.remote = in.target_devices[target] != plan.device;
@@ -121,7 +125,7 @@ Status BindEngineRank(const LoadedPlan& plan, uint32_t target, const PinnedMembe
                  "plan writes to memory that was lent for reading: rank={}", result.label);
   }
   WEIGHTD_ASSIGN_OR_RETURN(result.params,
-                           BindParams(in.layouts[target], result.label, *entry->memory));
+                           BindParams(*part.layout, part.params, result.label, *entry->memory));
   return absl::OkStatus();
 }
 

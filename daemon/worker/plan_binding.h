@@ -21,15 +21,16 @@ namespace weightd {
 /// rank lends is not what the plan expects; UNAVAILABLE MEMORY_MOVED if it was truncated
 Status BindSources(const LoadedPlan& plan, const PinnedMembers& pinned, BoundPlan* bound);
 
-/// Binds the parameters of one engine rank as bound->targets[target]; the other targets stay empty.
-/// \pre the rank's member is pinned. \error as BindSources
-Status BindEngineRank(const LoadedPlan& plan, uint32_t target, const PinnedMembers& pinned,
-                      BoundPlan* bound);
+/// Binds what one engine rank receives in a round as bound->targets[target]; the other targets stay
+/// empty. \pre the rank's member is pinned; it has that round. \error as BindSources
+Status BindEngineRank(const LoadedPlan& plan, uint32_t target, uint32_t round,
+                      const PinnedMembers& pinned, BoundPlan* bound);
 
-/// The memory of all parameters of `layout` as another member lends it, e.g. a serving peer.
-/// \error as BindSources
-StatusOr<std::vector<Binding>> BindParams(const RankLayout& layout, const std::string& label,
-                                          const MemberMemory& memory);
+/// The memory of all parameters of `layout` as a member lends it, e.g. a serving peer. `positions`:
+/// where they are in the member's own parameters; empty: the same. \error as BindSources
+StatusOr<std::vector<Binding>> BindParams(const RankLayout& layout,
+                                          std::span<const uint32_t> positions,
+                                          const std::string& label, const MemberMemory& memory);
 
 /// OK while nothing that is pinned was truncated. Before a step sizes are compared where that is
 /// cheap beside copying the memory; elsewhere, and after a step, what was touched is what counts.

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <utility>
 
+#include "daemon/plan/rounds.h"
 #include "daemon/wire/convert.h"
 
 namespace weightd {
@@ -163,6 +164,34 @@ StatusOr<PlanInput> PlanAssembler::Finish() {
   return std::exchange(input_, PlanInput());
 }
 
+namespace {
+
+/// The copies of one engine rank that the plan's worker makes, round by round.
+std::vector<RankRound> EnumerateRounds(uint32_t target, LoadedPlan* plan) {
+  const PlanInput& in = plan->input;
+  std::vector<RankRound> rounds;
+  if (NumRounds(NumStages(in.layouts[target].params)) == 1) {
+    rounds.push_back({.layout = &in.layouts[target]});
+  } else {
+    for (RoundLayout& round : SplitRounds(in.layouts[target])) {
+      plan->round_layouts.push_back(std::move(round.layout));
+      rounds.push_back({.layout = &plan->round_layouts.back(), .params = std::move(round.params)});
+    }
+  }
+  const bool all_sources = std::find(plan->own_sources.begin(), plan->own_sources.end(), false) ==
+                           plan->own_sources.end();
+  const bool own = in.target_devices[target] == plan->device;
+  for (RankRound& round : rounds) {
+    round.plan = EnumerateRank(in.table, *plan->grid, *round.layout, in.limits);
+    round.landed = round.plan.bytes;
+    if (all_sources && own) continue;
+    round.plan = OwnCopies(round.plan, *round.layout, plan->own_sources, own);
+  }
+  return rounds;
+}
+
+}  // namespace
+
 StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input, std::string device) {
   static std::atomic<uint64_t> last_id{0};
   auto plan = std::make_shared<LoadedPlan>();  // shared by the store and a running step
@@ -175,6 +204,9 @@ StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input, std::strin
   const PlanInput& in = plan->input;
   if (in.sources.empty() && in.table.empty()) {  // a catch-up: parameters only, nothing to prove
     plan->ranks.resize(in.layouts.size());
+    for (size_t i = 0; i < in.layouts.size(); ++i) {
+      plan->ranks[i].push_back({.layout = &in.layouts[i]});
+    }
     return std::shared_ptr<const LoadedPlan>(std::move(plan));
   }
   WEIGHTD_ASSIGN_OR_RETURN(plan->grid, SourceGrid::Build(in.table, in.shards));
@@ -182,6 +214,7 @@ StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input, std::strin
   for (size_t i = 0; i < in.layouts.size(); ++i) {
     layouts.push_back(&in.layouts[i]);
     WEIGHTD_RETURN_IF_ERROR(WithRank(CheckCoverage(in.table, in.layouts[i]), in.labels[i]));
+    WEIGHTD_RETURN_IF_ERROR(WithRank(CheckStages(in.layouts[i].params), in.labels[i]));
   }
   plan->digest = PlanDigest(in.table, in.shards, layouts, in.limits);
   if (!std::equal(plan->digest.begin(), plan->digest.end(), in.digest.begin(), in.digest.end(),
@@ -191,16 +224,12 @@ StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input, std::strin
                  "worker and daemon see different plans: tensors={} actors={} engine_ranks={}",
                  in.table.size(), in.shards.size(), in.layouts.size());
   }
-  const bool all_own = std::find(plan->own_sources.begin(), plan->own_sources.end(), false) ==
-                       plan->own_sources.end();
-  for (size_t i = 0; i < in.layouts.size(); ++i) {
-    RankPlan rank = EnumerateRank(in.table, *plan->grid, in.layouts[i], in.limits);
-    plan->landed.push_back(rank.bytes);
-    const bool own = in.target_devices[i] == plan->device;
-    if (!all_own || !own) rank = OwnCopies(rank, in.layouts[i], plan->own_sources, own);
-    plan->ranks.push_back(std::move(rank));
-    plan->bytes += plan->ranks.back().bytes;
-    plan->windows += static_cast<uint32_t>(plan->ranks.back().windows.size());
+  for (uint32_t i = 0; i < in.layouts.size(); ++i) {
+    plan->ranks.push_back(EnumerateRounds(i, plan.get()));
+    for (const RankRound& round : plan->ranks.back()) {
+      plan->bytes += round.plan.bytes;
+      plan->windows += static_cast<uint32_t>(round.plan.windows.size());
+    }
   }
   return std::shared_ptr<const LoadedPlan>(std::move(plan));
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <list>
 #include <map>
 #include <memory>
@@ -49,6 +50,14 @@ class PlanAssembler {
   PlanInput input_;
 };
 
+/// What one engine rank receives in one round of a sync; see daemon/layout/stages.h.
+struct RankRound {
+  const RankLayout* layout = nullptr;  ///< of this round; the plan owns it
+  std::vector<uint32_t> params;  ///< where its parameters are in the rank's own; empty: the same
+  RankPlan plan;                 ///< what this worker copies
+  uint64_t landed = 0;           ///< bytes of all workers
+};
+
 /// A proven plan with the copies that this worker makes. Immutable.
 struct LoadedPlan {
   uint64_t id = 0;  ///< in this process, never used again
@@ -56,10 +65,10 @@ struct LoadedPlan {
   std::string device;              ///< of this worker
   std::vector<bool> own_sources;   ///< per actor rank: its memory is on this device
   std::optional<SourceGrid> grid;  ///< unset for a catch-up: its plan has parameters only
-  std::vector<RankPlan> ranks;     ///< per engine rank: what this worker copies
+  std::vector<std::vector<RankRound>> ranks;  ///< per engine rank, per round
+  std::deque<RankLayout> round_layouts;       ///< of ranks that have several rounds
   Digest128 digest{};
-  std::vector<uint64_t> landed;  ///< per engine rank: bytes of all workers
-  uint64_t bytes = 0;            ///< that one run of this worker lands, all engine ranks
+  uint64_t bytes = 0;  ///< that one run of this worker lands, all engine ranks
   uint32_t windows = 0;
 };
 

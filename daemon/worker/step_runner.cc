@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "daemon/base/failpoint.h"
+#include "daemon/layout/stages.h"
 #include "daemon/wire/convert.h"
 
 namespace weightd {
@@ -89,11 +90,13 @@ Status StepRunner::CheckTargets(const Context& context) const {
                  "plan of a catch-up has no tensors to transfer: plan={}", context.command.plan());
   }
   for (uint32_t target : context.command.targets()) {
-    if (target < context.plan->input.layouts.size()) continue;
+    const auto& ranks = context.plan->ranks;
+    if (target < ranks.size() && context.command.round() < ranks[target].size()) continue;
     return Error(StatusCode::kInvalidArgument, reason::kProtocol,
                  "run daemon and worker from the same release",
-                 "step names an engine rank that the plan does not have: target={} ranks={}",
-                 target, context.plan->input.layouts.size());
+                 "step names an engine rank or a round that the plan does not have: target={} "
+                 "ranks={} round={}",
+                 target, ranks.size(), context.command.round());
   }
   if (copies && context.command.peers_size() != context.command.targets_size()) {
     return Error(StatusCode::kInvalidArgument, reason::kProtocol,
@@ -203,11 +206,12 @@ RunControl StepRunner::ControlOf(Context* context, StagedSource* staged) {
 
 Status StepRunner::Transfer(Context* context, v1::StepDone* done) {
   const LoadedPlan& plan = *context->plan;
+  const uint32_t round = context->command.round();
   BoundPlan bound;
   WEIGHTD_RETURN_IF_ERROR(BindSources(plan, context->pinned, &bound));
   for (uint32_t target : context->command.targets()) {
-    WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, context->pinned, &bound));
-    context->bytes_total += plan.ranks[target].bytes;
+    WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, round, context->pinned, &bound));
+    context->bytes_total += plan.ranks[target][round].plan.bytes;
   }
   RingSource staged(plan, context->pinned, context->command.attempt(), context->cancelled,
                     context->deadline);
@@ -224,17 +228,18 @@ Status StepRunner::Transfer(Context* context, v1::StepDone* done) {
 
 Status StepRunner::Verify(Context* context, v1::StepDone* done) {
   const LoadedPlan& plan = *context->plan;
+  const uint32_t round = context->command.round();
   Failpoint("worker.before_verify");
   BoundPlan bound;
   for (uint32_t target : context->command.targets()) {
-    WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, context->pinned, &bound));
-    context->bytes_total += plan.landed[target];
+    WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, round, context->pinned, &bound));
+    context->bytes_total += plan.ranks[target][round].landed;
   }
   RunControl control = ControlOf(context, nullptr);
   for (uint32_t target : context->command.targets()) {
     WEIGHTD_ASSIGN_OR_RETURN(const RankDigests digests, transport_->Verify(bound, target, control));
     AddDigests(target, digests, done);
-    context->bytes_before += plan.landed[target];
+    context->bytes_before += plan.ranks[target][round].landed;
     done->set_bytes(context->bytes_before);
   }
   return absl::OkStatus();
@@ -292,6 +297,11 @@ Status StepRunner::CatchUpOne(Context* context, uint32_t target, uint64_t peer,
   const RankLayout& layout = context->plan->input.layouts[target];
   const std::string& label = context->plan->input.labels[target];
   const uint64_t version = context->command.version();
+  if (NumStages(layout.params) > 1) {
+    return Error(StatusCode::kFailedPrecondition, reason::kStaged, "sync the engine instead",
+                 "lent memory does not hold the model, since stages share it: rank={} stages={}",
+                 label, NumStages(layout.params));
+  }
   if (!transport_->host_memory() && context->command.step() != v1::STEP_COPY_PEER) {
     return Error(StatusCode::kUnimplemented, reason::kDevice, "set catch_up.retain = \"none\"",
                  "this build keeps no copies of GPU memory: rank={}", label);
@@ -304,7 +314,7 @@ Status StepRunner::CatchUpOne(Context* context, uint32_t target, uint64_t peer,
   }
   const PinnedMembers::Entry& entry = *context->pinned.Find(peer);
   WEIGHTD_ASSIGN_OR_RETURN(const std::vector<Binding> from,
-                           BindParams(layout, entry.member->label(), *entry.memory));
+                           BindParams(layout, {}, entry.member->label(), *entry.memory));
   if (transport_->host_memory()) return catch_up_.Copy(layout, from, params, control);
   RunControl window_control = ControlOf(context, nullptr);
   return transport_->CopyParams(bound, target, from, window_control);
@@ -314,7 +324,7 @@ Status StepRunner::CatchUpTargets(Context* context, v1::StepDone* done) {
   const LoadedPlan& plan = *context->plan;
   BoundPlan bound;
   for (uint32_t target : context->command.targets()) {
-    WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, context->pinned, &bound));
+    WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, 0, context->pinned, &bound));
     context->bytes_total += ParamBytes(plan.input.layouts[target]);
   }
   CatchUp::Control control;

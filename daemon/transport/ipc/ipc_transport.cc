@@ -24,7 +24,7 @@ constexpr int kBlocksBeside = 2;
 std::vector<uint64_t> KeyOf(const BoundPlan& plan, size_t target, uint64_t kind) {
   std::vector<uint64_t> key;
   if (plan.id == 0) return key;
-  key = {kind, plan.id, target, plan.targets[target].registration};
+  key = {kind, plan.id, target, plan.targets[target].round, plan.targets[target].registration};
   if (kind == kTransfer) {
     key.insert(key.end(), plan.registrations.begin(), plan.registrations.end());
   }

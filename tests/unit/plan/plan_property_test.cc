@@ -5,6 +5,7 @@
 #include <numeric>
 #include <random>
 
+#include "daemon/plan/rounds.h"
 #include "tests/unit/plan/plan_testing.h"
 #include "tests/unit/test_seed.h"
 
@@ -272,6 +273,51 @@ TEST_CASE("the proof notices a layout that is broken on purpose") {
     ++refused;
   }
   CHECK(refused > kRounds / 2);
+}
+
+TEST_CASE("the rounds of a layout have each of its writes once, and land what it says") {
+  size_t most = 0;
+  for (uint64_t round = 0; round < kRounds; ++round) {
+    Case random(TestSeed() + round);
+    RankLayout& layout = random.layout;
+    Draw draw(TestSeed() + round);
+    uint32_t stages = 0;
+    for (ParamInfo& param : layout.params) {
+      if (draw.Chance(30)) continue;
+      param.kind = ParamKind::kDerived;
+      param.stage = static_cast<uint32_t>(draw.Number(1, ++stages));
+    }
+    for (uint32_t stage = 1; stage <= NumStages(layout.params); ++stage) {  // close gaps
+      const auto has = [stage](const ParamInfo& param) { return param.stage == stage; };
+      if (std::any_of(layout.params.begin(), layout.params.end(), has)) continue;
+      for (ParamInfo& param : layout.params) param.stage -= param.stage > stage ? 1 : 0;
+      --stage;
+    }
+    INFO("WEIGHTD_TEST_SEED=" << TestSeed() + round);
+    REQUIRE(CheckStages(layout.params).ok());
+    const std::vector<RoundLayout> rounds = SplitRounds(layout);
+    REQUIRE(rounds.size() == NumRounds(NumStages(layout.params)));
+    most = std::max(most, rounds.size());
+    std::vector<Write> found;
+    const auto grid = random.trainer.Grid();
+    for (uint32_t r = 0; r < rounds.size(); ++r) {
+      for (size_t i = 0; i < rounds[r].params.size(); ++i) {
+        CHECK(rounds[r].layout.params[i] == layout.params[rounds[r].params[i]]);
+        CHECK(RoundOf(rounds[r].layout.params[i]) == r);
+      }
+      const RankLayout& part = rounds[r].layout;
+      const RankPlan plan = EnumerateRank(random.trainer.table(), *grid, part, random.limits);
+      CHECK(FaultOf(random.trainer.table(), random.trainer.shards(), part, plan, random.limits) ==
+            "");
+      for (Write write : part.writes) {
+        write.param = rounds[r].params[write.param];
+        found.push_back(write);
+      }
+    }
+    REQUIRE(found.size() == layout.writes.size());
+    CHECK(std::is_permutation(found.begin(), found.end(), layout.writes.begin()));
+  }
+  CHECK(most > 2);
 }
 
 TEST_CASE("the proof notices a trainer that is broken on purpose") {

@@ -107,6 +107,7 @@ struct WorkerFixture {
     run.mutable_peers()->Add(peers.begin(), peers.end());
     run.set_version(version);
     run.set_deadline_us(deadline_us);
+    run.set_round(round);
     core->Handle(std::move(command));
   }
   v1::StepDone Run(v1::Step step, const std::vector<uint64_t>& peers = {}, uint64_t version = 1) {
@@ -139,6 +140,7 @@ struct WorkerFixture {
   std::unique_ptr<FakeClient> actors[2];
   std::unique_ptr<FakeClient> engine;
   uint64_t attempts = 0;
+  uint32_t round = 0;  ///< of the steps to come
   std::unique_ptr<WorkerCore> core;
 };
 
