@@ -107,7 +107,12 @@ std::vector<Column> EngineColumns(const TextStyle& style, bool with_model) {
                                  {"VERSION", true},
                                  {"RANKS", true}});
   if (style.wide) {
-    columns.insert(columns.end(), {{"PARAMS", true}, {"ARCHITECTURE"}, {"PROFILE"}, {"LOADER"}});
+    columns.insert(columns.end(), {{"PARAMS", true},
+                                   {"STAGES", true},
+                                   {"STAGED", true},
+                                   {"ARCHITECTURE"},
+                                   {"PROFILE"},
+                                   {"LOADER"}});
   }
   columns.push_back({"ERROR"});
   return columns;
@@ -123,8 +128,11 @@ void AddEngines(const v1::ModelStatus& model, const TextStyle& style, bool with_
                 engine.ready() ? "yes" : "no", Version(engine.version()),
                 fmt::format("{}/{}", engine.registered(), engine.ranks())});
     if (style.wide) {
-      row.insert(row.end(), {std::to_string(engine.params()), engine.architecture(),
-                             engine.profile(), engine.loader()});
+      const bool staged = engine.stages() > 0;
+      row.insert(row.end(),
+                 {std::to_string(engine.params()), staged ? std::to_string(engine.stages()) : "",
+                  staged ? HumanBytes(engine.staged_bytes()) : "", engine.architecture(),
+                  engine.profile(), engine.loader()});
     }
     row.push_back(engine.error().message());
     table->AddRow(std::move(row));

@@ -54,6 +54,8 @@ struct EngineRank {
   std::string process;
   std::string device;  ///< of its memory
   std::vector<ParamInfo> params;
+  uint32_t num_stages = 0;                     ///< of `params`; see daemon/layout/stages.h
+  uint64_t staged_bytes = 0;                   ///< of the largest of them
   std::shared_ptr<const TracedLayout> traced;  ///< set: takes the place of a rule file
   uint64_t held_version = 0;
   bool dirty = false;

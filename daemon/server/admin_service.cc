@@ -43,6 +43,10 @@ v1::ModelStatus Describe(const ModelView& view) {
     if (!replica.ranks.empty()) {
       engine->set_params(static_cast<uint32_t>(replica.ranks.begin()->second->params.size()));
     }
+    for (const auto& [key, rank] : replica.ranks) {
+      engine->set_stages(std::max(engine->stages(), rank->num_stages));
+      engine->set_staged_bytes(std::max(engine->staged_bytes(), rank->staged_bytes));
+    }
     if (!replica.error.ok()) *engine->mutable_error() = ToProto(replica.error);
     engine->set_loader(replica.loader);
   }

@@ -17,6 +17,7 @@ class Port : public EnginePort {
  public:
   explicit Port(EngineStream* stream) : handle_(stream) {}
   void SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) override;
+  void SendConvert(AttemptId attempt, uint32_t stage) override;
   void SendCommit(AttemptId attempt, uint64_t version) override;
   void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) override;
   void SendIdle(uint64_t version, const Status& why) override;
@@ -69,6 +70,11 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
       case v1::EngineRequest::kQuiesced:
         context_.coordinator.Quiesced(*session_, FromProto(request.quiesced().attempt()),
                                       FromProto(request.quiesced().error()));
+        return absl::OkStatus();
+      case v1::EngineRequest::kConverted:
+        context_.coordinator.Converted(*session_, FromProto(request.converted().attempt()),
+                                       request.converted().stage(),
+                                       FromProto(request.converted().error()));
         return absl::OkStatus();
       case v1::EngineRequest::kCommitted: {
         const v1::EngineCommitted& committed = request.committed();
@@ -239,6 +245,13 @@ void Port::SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) {
   *event.mutable_prepare()->mutable_attempt() = ToProto(attempt);
   event.mutable_prepare()->set_version(version);
   event.mutable_prepare()->set_catch_up(catch_up);
+  Send(std::move(event));
+}
+
+void Port::SendConvert(AttemptId attempt, uint32_t stage) {
+  v1::EngineEvent event;
+  *event.mutable_convert()->mutable_attempt() = ToProto(attempt);
+  event.mutable_convert()->set_stage(stage);
   Send(std::move(event));
 }
 

@@ -223,6 +223,7 @@ void WorkerPortImpl::SendStep(const StepCommand& step) {
   run->mutable_targets()->Add(step.targets.begin(), step.targets.end());
   for (MemberId peer : step.peers) run->add_peers(Value(peer));
   run->set_version(step.version);
+  run->set_round(step.round);
   run->set_deadline_us(
       static_cast<uint64_t>(std::chrono::duration_cast<microseconds>(step.deadline).count()));
   Send(std::move(command));

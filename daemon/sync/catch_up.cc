@@ -78,6 +78,7 @@ Status CatchUpSession::Handle(const Event& event) {
       return event.status;
     case Event::Kind::kActorArrived:
     case Event::Kind::kActorLost:
+    case Event::Kind::kConverted:
     case Event::Kind::kAttached:
     case Event::Kind::kCancelled:
     case Event::Kind::kProgress:

@@ -157,6 +157,19 @@ void Coordinator::Quiesced(EngineSession& session, AttemptId attempt, const Stat
   Post(*session.room, event);
 }
 
+void Coordinator::Converted(EngineSession& session, AttemptId attempt, uint32_t stage,
+                            const Status& status) {
+  const std::lock_guard lock(mu_);
+  if (session.room == nullptr) return;
+  Event event;
+  event.kind = Event::Kind::kConverted;
+  event.member = session.member;
+  event.attempt = attempt;
+  event.stage = stage;
+  event.status = status;
+  Post(*session.room, event);
+}
+
 void Coordinator::Committed(EngineSession& session, AttemptId attempt, const Status& status,
                             std::vector<std::string> caches_reset) {
   const std::lock_guard lock(mu_);

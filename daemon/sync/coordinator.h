@@ -72,7 +72,7 @@ struct SyncView {
   SyncProgress progress;
   uint64_t elapsed_us = 0;
   double bytes_per_second = 0;
-  std::vector<std::pair<Phase, uint64_t>> phases;
+  PhaseTimes phases;
   std::string waiting_for;
 };
 
@@ -143,6 +143,7 @@ class Coordinator {
                                                        std::shared_ptr<const TracedLayout> trace,
                                                        bool prefer_trace);
   void Quiesced(EngineSession& session, AttemptId attempt, const Status& status);
+  void Converted(EngineSession& session, AttemptId attempt, uint32_t stage, const Status& status);
   void Committed(EngineSession& session, AttemptId attempt, const Status& status,
                  std::vector<std::string> caches_reset);
   /// OK as cause means an orderly leave.
@@ -227,7 +228,7 @@ class Coordinator {
   void RunCatchUp(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock);
   std::optional<CatchUpSource> FindCatchUp(const ModelRoom& room, const ReplicaView& view) const;
   bool MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& replica);
-  static void TellIdle(const ReplicaView& view);
+  static void TellIdle(const ModelRoom& room, const ReplicaView& view);
   void FinishSync(ModelRoom& room, const SyncReport& report);
   GroupView ViewOf(const ActorGroup& group) const;
   ReplicaView ViewOf(const std::shared_ptr<Replica>& replica) const;

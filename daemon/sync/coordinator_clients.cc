@@ -193,6 +193,7 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
     trace = nullptr;
   }
   WEIGHTD_RETURN_IF_ERROR(CheckUnique(params, "parameter"));
+  WEIGHTD_RETURN_IF_ERROR(CheckStages(params));
   if (!model.commit_mode.empty() && model.commit_mode != "in_place") {
     return Error(StatusCode::kInvalidArgument, reason::kConfig, "use commit_mode \"in_place\"",
                  "commit mode is not supported: {}", model.commit_mode);
@@ -218,6 +219,8 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
     rank->process = identity.process;
     rank->device = device;
     rank->params = std::move(params);
+    rank->num_stages = NumStages(rank->params);
+    rank->staged_bytes = StagedBytes(rank->params);
     rank->traced = std::move(trace);
     rank->held_version = identity.held_version;
     rank->dirty = identity.dirty;
@@ -231,7 +234,9 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
     if (identity.spawns_worker) OfferWorker(session.port, label, identity.process, device);
     Observe(*session.room, *session.replica);
     const bool catches_up = MaybeCatchUp(*session.room, session.replica);
-    if (!catches_up && session.replica->complete()) TellIdle(ViewOf(session.replica));
+    if (!catches_up && session.replica->complete()) {
+      TellIdle(*session.room, ViewOf(session.replica));
+    }
   }
   Failpoint("registered");
   return endpoints;

@@ -67,7 +67,7 @@ std::vector<ModelView> Coordinator::Views(const std::string& model_or_empty) {
     view.sync = room->live;
     if (view.sync.running) {
       view.sync.elapsed_us = MicrosSince(room->sync_start);
-      view.sync.phases.emplace_back(view.sync.progress.phase, MicrosSince(room->phase_start));
+      AddTime(view.sync.phases, view.sync.progress.phase, MicrosSince(room->phase_start));
     }
     view.history.assign(room->history.begin(), room->history.end());
     views.push_back(std::move(view));
@@ -122,10 +122,12 @@ std::optional<bool> Coordinator::EngineReady(const std::string& engine) {
 std::optional<CatchUpSource> Coordinator::FindCatchUp(const ModelRoom& room,
                                                       const ReplicaView& view) const {
   const uint64_t version = room.model.ledger().highest();
+  if (!view.CheckCopyable().ok()) return std::nullopt;
   const std::string key = room.model.name() + " " + LayoutKey(view);
   for (const ReplicaView& peer : ViewsOf(room)) {
     if (peer.handle == view.handle || peer.state != ReplicaState::kServing ||
-        peer.version != version || room.model.name() + " " + LayoutKey(peer) != key) {
+        peer.version != version || !peer.CheckCopyable().ok() ||
+        room.model.name() + " " + LayoutKey(peer) != key) {
       continue;
     }
     CatchUpSource source{.version = version, .layout_key = key, .devices = DevicesOf(view)};
@@ -152,7 +154,12 @@ bool Coordinator::MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& 
   const bool queued = std::any_of(room.jobs.begin(), room.jobs.end(),
                                   [&](const Job& job) { return job.catch_up == replica; });
   if (queued) return true;
-  if (!FindCatchUp(room, ViewOf(replica)).has_value()) return false;
+  const ReplicaView view = ViewOf(replica);
+  if (const Status copyable = view.CheckCopyable(); !copyable.ok()) {
+    if (replica->error.ok()) replica->error = copyable;
+    return false;
+  }
+  if (!FindCatchUp(room, view).has_value()) return false;
   Job job;
   job.mailbox = std::make_shared<Mailbox>();
   job.host = std::make_shared<RoomHost>(*this, room, nullptr);
@@ -161,9 +168,12 @@ bool Coordinator::MaybeCatchUp(ModelRoom& room, const std::shared_ptr<Replica>& 
   return true;
 }
 
-void Coordinator::TellIdle(const ReplicaView& view) {
+void Coordinator::TellIdle(const ModelRoom& room, const ReplicaView& view) {
+  const uint64_t version = room.model.ledger().highest();
+  const bool behind = version > 0 && view.version != version;
   for (const TargetView& target : view.targets) {
-    if (target.port != nullptr) target.port->SendIdle(0, absl::OkStatus());
+    if (target.port == nullptr) continue;
+    target.port->SendIdle(0, behind ? view.CheckCopyable() : absl::OkStatus());
   }
 }
 
@@ -173,6 +183,7 @@ void Coordinator::MaybeRetain(ModelRoom& room) {
   if (!config_.sync.retain_on_host || draining_ || room.retained_version == version) return;
   for (const auto& replica : room.model.replicas()) {
     if (replica->state != ReplicaState::kServing || replica->version != version) continue;
+    if (!ViewOf(replica).CheckCopyable().ok()) continue;
     Job job;
     job.mailbox = std::make_shared<Mailbox>();
     job.host = std::make_shared<RoomHost>(*this, room, nullptr);
@@ -210,7 +221,7 @@ void Coordinator::RunRetain(ModelRoom& room, const Job& job, std::unique_lock<st
 void Coordinator::RunCatchUp(ModelRoom& room, const Job& job, std::unique_lock<std::mutex>& lock) {
   ReplicaView view = ViewOf(job.catch_up);
   const std::optional<CatchUpSource> source = FindCatchUp(room, view);
-  if (!job.catch_up->complete() || !source.has_value()) return TellIdle(view);
+  if (!job.catch_up->complete() || !source.has_value()) return TellIdle(room, view);
   lock.unlock();
   CatchUpSession session(*job.host, *job.mailbox, view, *source);
   const Status status = session.Run();

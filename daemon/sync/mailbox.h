@@ -23,10 +23,11 @@ struct Event {
     kAttached,      ///< member's memory is mapped by the worker of device
     kCancelled,     ///< an actor asked to stop; member
     kQuiesced,      ///< member, attempt, status
+    kConverted,     ///< member, attempt, stage, status
     kCommitted,     ///< member, attempt, status, caches
     kPlanLoaded,    ///< device, plan, digest, status
     kProgress,      ///< device, attempt, bytes
-    kStepDone,      ///< device, attempt, step, status, digests, shard_words, touched
+    kStepDone,      ///< device, attempt, step, status, bytes, digests, shard_words, touched
     kWorkerLost,    ///< device, status
     kShutdown,      ///< the daemon ends and its workers with it; status
   };
@@ -43,6 +44,7 @@ struct Event {
   std::vector<uint64_t> shard_words;
   bool touched = false;
   std::vector<std::string> caches;
+  uint32_t stage = 0;
 };
 
 /// Thread safety: Post from any thread, Wait from one.

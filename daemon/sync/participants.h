@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "daemon/layout/loader.h"
+#include "daemon/layout/stages.h"
 #include "daemon/plan/data_path.h"
 #include "daemon/plan/plan_compiler.h"
 #include "daemon/registry/model.h"
@@ -44,6 +45,7 @@ struct GroupView {
 struct TargetView {
   std::shared_ptr<const EngineRank> rank;
   std::shared_ptr<EnginePort> port;
+  uint32_t num_rounds() const { return NumRounds(rank->num_stages); }
 };
 
 /// One replica of a sync. `handle` is the coordinator's own object, only passed back to it.
@@ -57,6 +59,11 @@ struct ReplicaView {
   uint64_t version = 0;
   std::vector<TargetView> targets;  ///< in (pp, tp) order
   std::string label() const { return fmt::format("engine {} dp {}", engine, dp_rank); }
+  /// Rounds of the rank that has most; see daemon/layout/stages.h.
+  uint32_t num_rounds() const;
+  /// Whether its lent memory holds the whole model, so that it can be copied to another replica or
+  /// from one. \error FAILED_PRECONDITION STAGED if stages share it
+  Status CheckCopyable() const;
   /// What a digest of its lent memory vouches for: "memory", or "loadable" if the engine converts
   /// some of it.
   const char* verified() const;

@@ -1,7 +1,11 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <cstdint>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 namespace weightd {
 
@@ -25,6 +29,20 @@ inline constexpr std::string_view Name(Phase phase) {
       "none",     "admit",  "resolve_layouts", "build_plan", "prepare",
       "transfer", "verify", "commit",          "report"};
   return kNames[static_cast<size_t>(phase)];
+}
+
+/// Microseconds per phase, in the order in which the phases began.
+using PhaseTimes = std::vector<std::pair<Phase, uint64_t>>;
+
+/// A phase that comes once per round has one entry, with the time of all rounds.
+inline void AddTime(PhaseTimes& times, Phase phase, uint64_t micros) {
+  const auto known =
+      std::find_if(times.begin(), times.end(), [phase](const auto& t) { return t.first == phase; });
+  if (known == times.end()) {
+    times.emplace_back(phase, micros);
+  } else {
+    known->second += micros;
+  }
 }
 
 }  // namespace weightd

@@ -44,9 +44,9 @@ struct SyncReport {
   AttemptId attempt;
   Status error;
   std::vector<ReplicaOutcome> replicas;
-  std::vector<std::pair<Phase, uint64_t>> phases;  ///< microseconds, in order
-  uint64_t bytes = 0;                              ///< landed, all replicas
-  std::map<std::string, uint64_t> path_bytes;      ///< the same by path, zero fill left out
+  PhaseTimes phases;
+  uint64_t bytes = 0;                          ///< landed, all replicas
+  std::map<std::string, uint64_t> path_bytes;  ///< the same by path, zero fill left out
   uint64_t pause_us = 0;  ///< longest time that a replica held still for; 0 if none did
 };
 
@@ -96,6 +96,7 @@ class ActorPort : public OwnerPort {
 class EnginePort : public OwnerPort {
  public:
   virtual void SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) = 0;
+  virtual void SendConvert(AttemptId attempt, uint32_t stage) = 0;
   virtual void SendCommit(AttemptId attempt, uint64_t version) = 0;
   virtual void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) = 0;
   /// No attempt is coming; see weightd.v1.EngineIdle.
@@ -136,6 +137,7 @@ struct StepCommand {
   std::vector<MemberId> peers;
   uint64_t version = 0;
   milliseconds deadline{0};
+  uint32_t round = 0;  ///< of Transfer and Verify
 };
 
 /// A worker process, one per device. All calls return at once; any thread.

@@ -145,15 +145,20 @@ void RoomHost::ShowProgress(const SyncProgress& progress, const std::string& wai
   const auto now = Clock::now();
   if (progress.phase != live.progress.phase) {
     if (live.progress.phase != Phase::kNone) {
-      live.phases.emplace_back(live.progress.phase, MicrosSince(room_.phase_start));
+      AddTime(live.phases, live.progress.phase, MicrosSince(room_.phase_start));
     }
     room_.phase_start = now;
   }
   live.progress = progress;
   live.waiting_for = waiting_for;
   if (progress.phase == Phase::kTransfer && now > room_.phase_start) {
+    PhaseTimes times = live.phases;  // with the rounds before
+    AddTime(times, Phase::kTransfer, MicrosSince(room_.phase_start));
+    const auto transfer = std::find_if(times.begin(), times.end(), [](const auto& time) {
+      return time.first == Phase::kTransfer;
+    });
     live.bytes_per_second = static_cast<double>(progress.bytes_done) /
-                            std::chrono::duration<double>(now - room_.phase_start).count();
+                            (static_cast<double>(std::max<uint64_t>(transfer->second, 1)) * 1e-6);
   }
 }
 

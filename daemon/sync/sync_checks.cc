@@ -21,6 +21,24 @@ const char* ReplicaView::verified() const {
   return "memory";
 }
 
+uint32_t ReplicaView::num_rounds() const {
+  uint32_t rounds = 1;
+  for (const TargetView& target : targets) rounds = std::max(rounds, target.num_rounds());
+  return rounds;
+}
+
+Status ReplicaView::CheckCopyable() const {
+  if (num_rounds() == 1) return absl::OkStatus();
+  return WithRank(
+      Error(StatusCode::kFailedPrecondition, reason::kStaged,
+            "sync: the engine takes part in the next one; or let it receive all derived "
+            "parameters in one stage (vLLM: a larger stage_bytes)",
+            "cannot catch up from another engine or a retained copy, since {} stages of "
+            "derived parameters share their memory: {}",
+            num_rounds(), label()),
+      label());
+}
+
 Status SyncSession::CheckRanksPresent() const {
   if (group_.superseded) {
     return Error(StatusCode::kAborted, reason::kFenced,
@@ -167,18 +185,41 @@ Status SyncSession::CompareShardWords() const {
   return status;
 }
 
+// Words of several rounds add up, too; a round has only the tensors that it reads.
+void SyncSession::AddRound(const TargetDigests& round, TargetDigests& sum) {
+  std::map<uint32_t, uint64_t> words;
+  uint64_t zeros = 0;
+  for (const TargetDigests* part : {&round, &std::as_const(sum)}) {
+    for (size_t i = 0; i < part->tensors.size(); ++i) words[part->tensors[i]] += part->words[i];
+    zeros += part->words.empty() ? 0 : part->words.back();
+  }
+  sum.tensors.clear();
+  sum.words.clear();
+  for (const auto& [tensor, word] : words) {
+    sum.tensors.push_back(tensor);
+    sum.words.push_back(word);
+  }
+  sum.words.push_back(zeros);
+}
+
+// What one round landed is what was sent; after the last, nothing was left out.
 Status SyncSession::CompareDigests(ReplicaRun& run) {
-  if (Mutated("blind_verify")) return absl::OkStatus();
+  const bool blind = Mutated("blind_verify");
   for (uint32_t i = 0; i < run.view.targets.size(); ++i) {
+    const uint32_t rounds = run.view.targets[i].num_rounds();
+    if (round_ >= rounds) continue;
     const TargetDigests& source = run.source_digests[i];
     const TargetDigests& target = run.target_digests[i];
     const std::string& label = run.view.targets[i].rank->label;
-    const size_t tensors = run.plan->resolved->num_tensors[i];
-    if (source.tensors == target.tensors && source.words == target.words &&
-        source.tensors.size() == tensors && source.words.size() == tensors + 1) {
-      continue;
-    }
-    std::string tensor = source.tensors.size() == tensors ? "zero padding" : "not digested";
+    const bool equal = source.tensors == target.tensors && source.words == target.words &&
+                       source.words.size() == source.tensors.size() + 1;
+    TargetDigests& all = run.digests[i];
+    if (equal && round_ > 0) AddRound(source, all);
+    if (round_ == 0) all = source;
+    const bool complete =
+        round_ + 1 < rounds || all.tensors.size() == run.plan->resolved->num_tensors[i];
+    if (blind || (equal && complete)) continue;
+    std::string tensor = complete ? "zero padding" : "not digested";
     for (size_t k = 0; k < source.tensors.size() && k < target.tensors.size(); ++k) {
       if (source.tensors[k] == target.tensors[k] && source.words[k] == target.words[k]) continue;
       tensor = (*group_.table)[source.tensors[k]].name;
@@ -193,12 +234,13 @@ Status SyncSession::CompareDigests(ReplicaRun& run) {
                       .remedy = "sync again; if it repeats, something else writes this memory "
                                 "(is the engine paused?)"});
   }
+  if (blind || round_ + 1 < run.view.num_rounds()) return absl::OkStatus();
   return host_.CheckRetry(version_, run.plan->resolved->layout_key, CombinedDigest(run));
 }
 
 uint64_t SyncSession::CombinedDigest(const ReplicaRun& run) {
   uint64_t digest = 0;
-  for (const auto& [index, target] : run.source_digests) {
+  for (const auto& [index, target] : run.digests) {
     for (uint64_t word : target.words) digest = Mix64(digest ^ word) + index;
   }
   return digest;

@@ -30,9 +30,12 @@ Status SyncSession::Handle(const Event& event) {
       OnEngineLost(event);
       return absl::OkStatus();
     case Event::Kind::kCancelled:
-      if (phase_ >= Phase::kCommit) return absl::OkStatus();  // too late: verified replicas publish
+      if (verified()) return absl::OkStatus();  // too late: verified replicas publish
       return Error(StatusCode::kCancelled, reason::kCancelled, "call sync() again when ready",
                    "sync was cancelled by the trainer");
+    case Event::Kind::kConverted:
+      if (event.stage != round_ + 1) return absl::OkStatus();
+      [[fallthrough]];
     case Event::Kind::kQuiesced:
     case Event::Kind::kCommitted:
       if (run == nullptr || run->waiting.erase(event.member) == 0) return absl::OkStatus();
@@ -56,7 +59,7 @@ Status SyncSession::Handle(const Event& event) {
       for (ReplicaRun& replica : replicas_) replica.running.clear();
       plans_waiting_.clear();
       check_waiting_.clear();
-      if (phase_ >= Phase::kCommit) return absl::OkStatus();  // bytes are verified already
+      if (verified()) return absl::OkStatus();
       return event.status;
   }
   return absl::OkStatus();
@@ -66,7 +69,7 @@ Status SyncSession::ActorLost(MemberId member, const Status& cause) const {
   const bool ours = std::any_of(group_.ranks.begin(), group_.ranks.end(), [&](const auto& rank) {
     return rank != nullptr && rank->member == member;
   });
-  if (!ours || phase_ >= Phase::kCommit) return absl::OkStatus();
+  if (!ours || verified()) return absl::OkStatus();
   return cause;
 }
 
@@ -143,6 +146,7 @@ void SyncSession::SendProgress() {
   progress.phase = phase_;
   progress.bytes_total = TotalBytes();
   for (const ReplicaRun& run : replicas_) {
+    progress.bytes_done += run.bytes_before;
     for (const auto& [device, bytes] : run.bytes_done) progress.bytes_done += bytes;
     if (progress.attempt == AttemptId{}) progress.attempt = run.attempt;
   }
@@ -185,13 +189,13 @@ std::vector<std::string> SyncSession::MissingMembers() {
 }
 
 Status SyncSession::AwaitEngines(milliseconds limit) {
-  const bool rash = Mutated(phase_ == Phase::kCommit ? "early_ack" : "early_write");
+  const bool rash = Mutated(publishing_ ? "early_ack" : "early_write");
   const auto settle = [this, rash] {
     bool waiting = false;
     for (ReplicaRun* run : Viable()) {
       if (!run->waiting.empty() && !rash) {
         waiting = true;
-      } else if (phase_ == Phase::kCommit && !run->committed) {
+      } else if (publishing_ && !run->committed) {
         run->committed = true;
         host_.CommitReplica(run->view, version_, run->plan->resolved->layout_key,
                             CombinedDigest(*run));

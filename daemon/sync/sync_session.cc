@@ -7,30 +7,36 @@
 namespace weightd {
 
 SyncReport SyncSession::Run() {
-  using Method = Status (SyncSession::*)();
-  constexpr std::pair<Phase, Method> kSteps[] = {
-      {Phase::kAdmit, &SyncSession::Admit},
-      {Phase::kResolveLayouts, &SyncSession::ResolveLayouts},
-      {Phase::kBuildPlan, &SyncSession::BuildPlan},
-      {Phase::kPrepare, &SyncSession::Prepare},
-      {Phase::kTransfer, &SyncSession::Transfer},
-      {Phase::kVerify, &SyncSession::Verify},
-      {Phase::kCommit, &SyncSession::Commit},
-  };
-  Status status;
-  for (const auto& [phase, step] : kSteps) {
-    status = RunPhase(phase, step);
-    if (!status.ok()) break;
+  Status status = RunPhases({{Phase::kAdmit, &SyncSession::Admit},
+                             {Phase::kResolveLayouts, &SyncSession::ResolveLayouts},
+                             {Phase::kBuildPlan, &SyncSession::BuildPlan},
+                             {Phase::kPrepare, &SyncSession::Prepare},
+                             {Phase::kTransfer, &SyncSession::Transfer},
+                             {Phase::kVerify, &SyncSession::Verify}});
+  while (status.ok() && round_ + 1 < NumRounds()) {
+    status = RunPhases({{Phase::kCommit, &SyncSession::Convert},
+                        {Phase::kTransfer, &SyncSession::Transfer},
+                        {Phase::kVerify, &SyncSession::Verify}});
   }
+  if (status.ok()) status = RunPhases({{Phase::kCommit, &SyncSession::Commit}});
   return Report(status);
 }
 
-Status SyncSession::RunPhase(Phase phase, Status (SyncSession::*step)()) {
-  phase_ = phase;
-  phase_start_ = Clock::now();
-  Status status = (this->*step)();
-  times_.emplace_back(phase, MicrosSince(phase_start_));
-  return WithPhase(std::move(status), Name(phase));
+Status SyncSession::RunPhases(std::initializer_list<PhaseStep> steps) {
+  for (const auto& [phase, step] : steps) {
+    phase_ = phase;
+    phase_start_ = Clock::now();
+    Status status = (this->*step)();
+    AddTime(times_, phase, MicrosSince(phase_start_));
+    if (!status.ok()) return WithPhase(std::move(status), Name(phase));
+  }
+  return absl::OkStatus();
+}
+
+uint32_t SyncSession::NumRounds() {
+  uint32_t rounds = 1;
+  for (const ReplicaRun* run : Viable()) rounds = std::max(rounds, run->view.num_rounds());
+  return rounds;
 }
 
 // Admit: every rank of the group has called sync() with the same version, and the version may come
@@ -108,6 +114,13 @@ Status SyncSession::Prepare() {
 
 // Transfer: each worker writes what its device's trainer ranks supply, window by window.
 Status SyncSession::Transfer() {
+  for (ReplicaRun* run : Viable()) {
+    run->written = run->touched();
+    run->writers.clear();
+    run->bytes_before = run->bytes_verified;
+    run->source_digests.clear();
+    run->target_digests.clear();
+  }
   SendProgress();
   return RunStep(Step::kTransfer, host_.options().transfer);
 }
@@ -123,9 +136,27 @@ Status SyncSession::Verify() {
   return absl::OkStatus();
 }
 
+// Convert: the ranks with a stage to come convert the one that was verified, whose memory it takes.
+// Opens the next round.
+Status SyncSession::Convert() {
+  SendProgress();
+  for (ReplicaRun* run : Viable()) {
+    for (const TargetView& target : run->view.targets) {
+      if (round_ + 1 >= target.num_rounds() || Mutated("skip_convert")) continue;
+      run->waiting.insert(target.rank->member);
+      target.port->SendConvert(run->attempt, round_ + 1);
+    }
+  }
+  WEIGHTD_RETURN_IF_ERROR(AwaitEngines(host_.options().commit));
+  ++round_;
+  Failpoint("between_rounds");
+  return CheckAnyViable();
+}
+
 // Commit: verified replicas publish the version; each by itself.
 Status SyncSession::Commit() {
   reservation_.get();
+  publishing_ = true;
   Failpoint("before_publish");
   SendProgress();
   for (ReplicaRun* run : Viable()) {
@@ -188,7 +219,7 @@ SyncReport SyncSession::Report(const Status& error) {
                                      [](const ReplicaRun& run) { return !run.committed; });
     report.error = failed->error;
   }
-  times_.emplace_back(phase_, MicrosSince(phase_start_));
+  AddTime(times_, phase_, MicrosSince(phase_start_));
   report.phases = times_;
   const std::lock_guard lock(requests_mu_);
   for (const SyncRequest& request : requests_) request.port->SendReport(request.request, report);

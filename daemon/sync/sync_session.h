@@ -2,6 +2,7 @@
 #pragma once
 
 #include <future>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,13 +17,13 @@
 namespace weightd {
 
 /// One sync of one model: Admit -> ResolveLayouts -> BuildPlan -> Prepare -> Transfer -> Verify ->
-/// Commit -> Report. The commit unit is one replica: whatever fails for one replica leaves the
-/// others alone; what fails for the trainer fails for all. A worker that fails does so for the
-/// replicas in whose plan its device takes part: all, if trainer ranks have their memory there.
-/// Before Prepare nothing has been written; after it a failed replica is POISONED if any of its
-/// bytes may have been written.
-/// Thread safety: Run is called once, by one thread; events come through the mailbox, arrivals
-/// through AddRequest.
+/// Commit -> Report. Replicas that receive derived parameters in several stages take one round of
+/// Transfer and Verify per stage, and convert between rounds. The commit unit is one replica:
+/// whatever fails for one replica leaves the others alone; what fails for the trainer fails for
+/// all. A worker that fails does so for the replicas in whose plan its device takes part: all, if
+/// trainer ranks have their memory there. Before Prepare nothing has been written; after it a
+/// failed replica is POISONED if any of its bytes may have been written. Thread safety: Run is
+/// called once, by one thread; events come through the mailbox, arrivals through AddRequest.
 class SyncSession {
  public:
   SyncSession(SessionHost& host, Mailbox& mailbox, uint64_t version)
@@ -46,15 +47,20 @@ class SyncSession {
     bool committed = false;
     bool already = false;           // held this version before: a retry leaves it alone
     std::set<std::string> running;  // devices whose workers have a step of it
-    std::set<std::string> writers;  // devices whose workers may have written its memory
+    std::set<std::string> writers;  // devices whose workers may have written in this round
+    bool written = false;           // some may have, in a round before
     std::set<MemberId> waiting;     // engine ranks whose answer is awaited
-    std::map<uint32_t, TargetDigests> source_digests;  // by target: sums over all workers
+    // By target: sums over all workers, of this round; and of all rounds, once they were equal.
+    std::map<uint32_t, TargetDigests> source_digests;
     std::map<uint32_t, TargetDigests> target_digests;
-    std::map<std::string, uint64_t> bytes_done;  // by device
+    std::map<uint32_t, TargetDigests> digests;
+    std::map<std::string, uint64_t> bytes_done;  // by device, of the running step
+    uint64_t bytes_verified = 0;
+    uint64_t bytes_before = 0;  // of rounds that are over
     std::vector<std::string> caches;
     Clock::time_point held_since;  // when its first rank held still; unset until then
     bool viable() const { return error.ok(); }
-    bool touched() const { return !writers.empty(); }
+    bool touched() const { return written || !writers.empty(); }
   };
 
   // The steps. Each returns an error that ends the sync for all replicas.
@@ -64,11 +70,14 @@ class SyncSession {
   Status Prepare();
   Status Transfer();
   Status Verify();
+  Status Convert();
   Status Commit();
   SyncReport Report(const Status& error);
 
-  // Runs one step: progress to the actors, time, phase on errors.
-  Status RunPhase(Phase phase, Status (SyncSession::*step)());
+  // Runs steps in order, up to an error: progress to the actors, time, phase on errors.
+  using PhaseStep = std::pair<Phase, Status (SyncSession::*)()>;
+  Status RunPhases(std::initializer_list<PhaseStep> steps);
+  uint32_t NumRounds();
 
   // Waiting. Handle() turns an event into state; Wait() loops until `done` (true), an error that
   // ends the sync for all replicas, or `limit` without progress (false).
@@ -99,6 +108,7 @@ class SyncSession {
   Status AwaitMembers();
   Status AwaitEngines(milliseconds limit);
   Status CompareDigests(ReplicaRun& run);
+  static void AddRound(const TargetDigests& round, TargetDigests& sum);
   static uint64_t CombinedDigest(const ReplicaRun& run);
   Status CheckRequired() const;
   Status CheckAnyViable();
@@ -110,6 +120,7 @@ class SyncSession {
   std::vector<std::string> MissingMembers();
   Status ActorLost(MemberId member, const Status& cause) const;
   uint64_t TotalBytes() const;
+  bool verified() const { return publishing_ || phase_ > Phase::kCommit; }
   std::vector<ReplicaRun*> Viable();
   ReplicaRun* FindAttempt(AttemptId attempt);
 
@@ -124,7 +135,9 @@ class SyncSession {
   Phase phase_ = Phase::kNone;
   Clock::time_point phase_start_;
   Clock::time_point last_progress_;
-  std::vector<std::pair<Phase, uint64_t>> times_;
+  PhaseTimes times_;
+  uint32_t round_ = 0;
+  bool publishing_ = false;  // everything is verified
   GroupView group_;
   std::vector<ReplicaRun> replicas_;
   uint32_t require_ = 0;

@@ -69,6 +69,9 @@ Status SyncSession::RunStep(Step step, milliseconds limit) {
       const bool transfers = step == Step::kTransfer;
       StepCommand command;
       command.targets = transfers ? share.writes : share.verifies;
+      std::erase_if(command.targets, [&](uint32_t target) {
+        return round_ >= run->view.targets[target].num_rounds();
+      });
       if (command.targets.empty()) continue;
       const std::shared_ptr<WorkerPort> worker = host_.Worker(share.device);
       if (worker == nullptr) {
@@ -79,6 +82,7 @@ Status SyncSession::RunStep(Step step, milliseconds limit) {
       command.step = step;
       command.plan = run->plan->worker->handle;
       command.version = version_;
+      command.round = round_;
       run->running.insert(share.device);
       if (transfers) run->writers.insert(share.device);
       worker->SendStep(command);
@@ -98,6 +102,7 @@ Status SyncSession::OnStepDone(const Event& event) {
   ReplicaRun* run = FindAttempt(event.attempt);
   if (run == nullptr || run->running.erase(event.device) == 0) return absl::OkStatus();
   if (event.step == Step::kTransfer && !event.touched) run->writers.erase(event.device);
+  if (event.step == Step::kVerify) run->bytes_verified += event.bytes;
   if (!event.status.ok()) {
     Fail(*run, event.status);
     return absl::OkStatus();
@@ -143,7 +148,7 @@ Status SyncSession::AwaitWorkers(milliseconds limit) {
 Status SyncSession::LoseWorker(const std::string& device, const Status& error) {
   std::erase_if(plans_waiting_, [&](const auto& waiting) { return waiting.second == device; });
   const bool compares = check_waiting_.erase(device) > 0;
-  if (phase_ >= Phase::kCommit) return absl::OkStatus();  // bytes are verified already
+  if (verified()) return absl::OkStatus();
   for (ReplicaRun* run : Viable()) {
     if (run->plan != nullptr && run->plan->Uses(device)) Fail(*run, error);
   }

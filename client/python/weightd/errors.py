@@ -25,7 +25,7 @@ EngineError        ENGINE_REFUSED ENGINE_CALL NO_ENGINE NO_PLAN                 
 PoisonedError      POISONED (an EngineError)
 CancelledError     CANCELLED                                                            1
 UnsupportedError   DEVICE DRIVER MEMORY                                                 12
-StateError         CLOSED FORKED BUSY NOT_REGISTERED                                    9
+StateError         CLOSED FORKED BUSY NOT_REGISTERED STAGED                             9
 Error              INTERNAL and everything else                                         13
 =================  ===================================================================  =====
 """
@@ -211,7 +211,7 @@ _BY_REASON: dict[str, type[Error]] = {
     "POISONED": PoisonedError,
     "CANCELLED": CancelledError,
     **dict.fromkeys(("DEVICE", "DRIVER", "MEMORY"), UnsupportedError),
-    **dict.fromkeys(("CLOSED", "FORKED", "BUSY", "NOT_REGISTERED"), StateError),
+    **dict.fromkeys(("CLOSED", "FORKED", "BUSY", "NOT_REGISTERED", "STAGED"), StateError),
 }
 
 _BY_CODE: dict[int, type[Error]] = {

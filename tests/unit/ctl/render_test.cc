@@ -47,6 +47,8 @@ v1::GetStatusResponse Busy() {
         registered: 2
         params: 195
         loader: "llama"
+        stages: 3
+        staged_bytes: 268435456
       }
       engines {
         engine: "engine-one"
@@ -149,9 +151,9 @@ llama  engine-one   1  POISONED  no           6    1/2  a peer is gone
 )");
   CHECK(
       RenderEngines(Busy(), {.wide = true}) ==
-      R"(MODEL  ENGINE      DP  STATE     READY  VERSION  RANKS  PARAMS  ARCHITECTURE      PROFILE    LOADER  ERROR
-llama  e0           0  SERVING   yes          7    2/2     195  LlamaForCausalLM  vllm-0.32  llama   -
-llama  engine-one   1  POISONED  no           6    1/2     195  LlamaForCausalLM  vllm-0.32  llama   a peer is gone
+      R"(MODEL  ENGINE      DP  STATE     READY  VERSION  RANKS  PARAMS  STAGES      STAGED  ARCHITECTURE      PROFILE    LOADER  ERROR
+llama  e0           0  SERVING   yes          7    2/2     195       3  256.00 MiB  LlamaForCausalLM  vllm-0.32  llama   -
+llama  engine-one   1  POISONED  no           6    1/2     195       -           -  LlamaForCausalLM  vllm-0.32  llama   a peer is gone
 )");
   CHECK(RenderEngines({}, {}) == "no engine has registered\n");
 }

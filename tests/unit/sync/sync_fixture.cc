@@ -14,6 +14,12 @@ class FakeEngine : public EnginePort {
     if (fixture_.script.on_prepare) return fixture_.script.on_prepare(member_, attempt);
     fixture_.mailbox.Post({.kind = Event::Kind::kQuiesced, .member = member_, .attempt = attempt});
   }
+  void SendConvert(AttemptId attempt, uint32_t stage) override {
+    fixture_.worker_log.push_back(fmt::format("{} converts {}", name_, stage));
+    if (fixture_.script.on_convert) return fixture_.script.on_convert(member_, attempt, stage);
+    fixture_.mailbox.Post(
+        {.kind = Event::Kind::kConverted, .member = member_, .attempt = attempt, .stage = stage});
+  }
   void SendCommit(AttemptId attempt, uint64_t) override {
     if (fixture_.script.on_commit) return fixture_.script.on_commit(member_, attempt);
     fixture_.mailbox.Post({.kind = Event::Kind::kCommitted, .member = member_, .attempt = attempt});
@@ -56,9 +62,11 @@ class FakeWorker : public WorkerPort {
   }
   void SendDropPlan(uint64_t) override {}
   void SendStep(const StepCommand& command) override {
-    Log(command.step == Step::kTransfer ? "transfer"
-        : command.step == Step::kVerify ? "verify"
-                                        : "check");
+    const std::string round = command.round == 0 ? "" : fmt::format("+{}", command.round);
+    Log((command.step == Step::kTransfer ? "transfer"
+         : command.step == Step::kVerify ? "verify"
+                                         : "check") +
+        round);
     if (fixture_.script.on_step) return fixture_.script.on_step(device_, command);
     fixture_.StepDone(device_, command);
   }
@@ -123,6 +131,11 @@ const std::string& SyncFixture::EngineDevice(size_t engine) const {
   return devices.empty() ? host : devices[std::min(engine, devices.size() - 1)];
 }
 
+uint32_t SyncFixture::NumStages(size_t engine) const {
+  const auto& stages = scene_.stages;
+  return stages.empty() ? 0 : stages[std::min(engine, stages.size() - 1)];
+}
+
 SyncReport SyncFixture::Sync(uint64_t version, uint32_t require, bool check_replicas) {
   SyncSession session(*this, mailbox, version);
   for (int rank = 0; rank < 2; ++rank) {
@@ -184,6 +197,7 @@ std::vector<ReplicaView> SyncFixture::ViewReplicas() {
     rank->member = engine_members[i];
     rank->label = "engine " + view.engine;
     rank->device = EngineDevice(i);
+    rank->num_stages = NumStages(i);
     view.targets = {{rank, std::make_shared<FakeEngine>(*this, rank->member, rank->label)}};
     views.push_back(std::move(view));
   }

@@ -18,6 +18,7 @@ namespace weightd {
 /// What an engine, the worker or the trainer does at one point; empty: what a healthy one does.
 struct Script {
   std::function<void(MemberId, AttemptId)> on_prepare;
+  std::function<void(MemberId, AttemptId, uint32_t stage)> on_convert;
   std::function<void(MemberId, AttemptId)> on_commit;
   std::function<void(const std::string& device, const StepCommand&)> on_step;
   std::function<Digest128(const std::string& device, Digest128)> on_plan;
@@ -28,19 +29,22 @@ struct Scene {
   int engines = 1;  ///< replicas of one rank each
   std::vector<std::string> actor_devices = {"host", "host"};
   std::vector<std::string> engine_devices = {};  ///< the last one is that of all further engines
-  bool replicated = false;  ///< both ranks hold all of the tensor, not half of it each
+  std::vector<uint32_t> stages = {};  ///< per engine; the last one is that of all further engines
+  bool replicated = false;            ///< both ranks hold all of the tensor, not half of it each
 };
 
 class FakeActor : public ActorPort {
  public:
   void SendProgress(uint64_t, const SyncProgress& progress) override {
     phases.push_back(progress.phase);
+    bytes_done.push_back(progress.bytes_done);
   }
   void SendReport(uint64_t, const SyncReport& sent) override { report = sent; }
   void SendWorkerChanged(const WorkerEndpoint&) override {}
   void SendStartWorker(const WorkerOrder&) override {}
   void SendStopWorker(const std::string&, bool, const std::string&) override {}
   std::vector<Phase> phases;
+  std::vector<uint64_t> bytes_done;
   std::optional<SyncReport> report;
 };
 
@@ -56,10 +60,12 @@ class SyncFixture : public SessionHost {
   std::vector<std::shared_ptr<FakeActor>> actors;
   std::vector<std::shared_ptr<Replica>> replicas;
   std::vector<MemberId> engine_members;
-  std::vector<std::string> outcomes;    ///< "engine e0: committed", "... untouched", "... POISONED"
-  std::vector<std::string> idle;        ///< "engine e0: 1 ok": version and reason of SendIdle
-  std::vector<std::string> worker_log;  ///< "transfer", or "transfer host.1"
-  std::set<std::string> workers_down;   ///< devices
+  std::vector<std::string> outcomes;  ///< "engine e0: committed", "... untouched", "... POISONED"
+  std::vector<std::string> idle;      ///< "engine e0: 1 ok": version and reason of SendIdle
+  /// "transfer", in a later round "transfer+1", with a device "transfer host.1"; and "engine e0
+  /// converts 1".
+  std::vector<std::string> worker_log;
+  std::set<std::string> workers_down;    ///< devices
   std::set<std::string> workers_killed;  ///< devices
   /// Is the member's memory mapped there? Empty: always.
   std::function<bool(MemberId, const std::string& device)> attached;
@@ -109,6 +115,7 @@ class SyncFixture : public SessionHost {
 
  private:
   const std::string& EngineDevice(size_t engine) const;
+  uint32_t NumStages(size_t engine) const;
 
   const Scene scene_;
   uint64_t next_attempt_ = 1;
