@@ -275,6 +275,11 @@ weightd_error* weightd_engine_quiesced(weightd_engine* engine, const char* error
   return ToError(engine->session->Quiesced(weightd::Refusal(error_message)));
 }
 
+weightd_error* weightd_engine_converted(weightd_engine* engine, const char* error_message) {
+  if (!engine->session->usable()) return ToError(weightd::Forked());
+  return ToError(engine->session->Converted(weightd::Refusal(error_message)));
+}
+
 weightd_error* weightd_engine_committed(weightd_engine* engine, const char* caches_reset,
                                         const char* error_message) {
   if (!engine->session->usable()) return ToError(weightd::Forked());

@@ -6,6 +6,7 @@
 #include "client/src/process_identity.h"
 #include "client/src/result_json.h"
 #include "daemon/base/worker_command.h"
+#include "daemon/layout/stages.h"
 #include "daemon/wire/convert.h"
 
 namespace weightd {
@@ -20,6 +21,13 @@ std::string EngineClient::label() const {
 Status EngineClient::Register(std::span<const weightd_param> params, const weightd_trace* trace) {
   auto read = ReadParams(params);
   if (!read.ok()) return WithRank(read.status(), label());
+  if (identity_.auto_quiesce && NumStages(read->params) > 1) {
+    return WithRank(Error(StatusCode::kInvalidArgument, reason::kConfig,
+                          "open the engine without auto_quiesce and convert every stage",
+                          "an engine that answers by itself cannot have {} stages to convert",
+                          NumStages(read->params)),
+                    label());
+  }
   if (trace != nullptr) {
     auto traced = ReadTrace(*trace, read->params);
     if (!traced.ok()) return WithRank(traced.status(), label());
@@ -43,6 +51,7 @@ std::string EngineClient::StateJson() const {
        {"dirty", truth_.dirty()},
        {"attempt", AttemptText(truth_.attempt())},
        {"pending", PendingName(truth_.pending())},
+       {"stage", truth_.stage()},
        {"offered", truth_.offered()},
        {"idle",
         {{"count", idle_.count}, {"version", idle_.version}, {"error", ErrorJson(idle_.error)}}},
@@ -70,6 +79,20 @@ Status EngineClient::Quiesced(const Status& outcome) {
   });
   if (!valid.ok()) return valid;
   Post([this, attempt, outcome] { SendQuiesced(attempt, outcome); });
+  return absl::OkStatus();
+}
+
+Status EngineClient::Converted(const Status& outcome) {
+  Status valid;
+  v1::AttemptId attempt;
+  uint32_t stage = 0;
+  Publish([&](View&) {
+    stage = truth_.stage();
+    valid = truth_.Converted();
+    attempt = truth_.attempt();
+  });
+  if (!valid.ok()) return valid;
+  Post([this, attempt, stage, outcome] { SendConverted(attempt, stage, outcome); });
   return absl::OkStatus();
 }
 
@@ -142,6 +165,7 @@ std::shared_ptr<const MemoryOffer> EngineClient::Offer() {
 
 void EngineClient::HandleEvent(const v1::EngineEvent& event) {
   if (event.has_prepare()) return OnPrepare(event.prepare());
+  if (event.has_convert()) return OnConvert(event.convert());
   if (event.has_commit()) return OnCommit(event.commit());
   if (event.has_outcome()) {
     Publish([this, &event](View&) { truth_.Outcome(event.outcome()); });
@@ -163,6 +187,12 @@ void EngineClient::OnPrepare(const v1::EnginePrepare& prepare) {
   if (identity_.auto_quiesce || !accepted.ok()) SendQuiesced(prepare.attempt(), accepted);
 }
 
+void EngineClient::OnConvert(const v1::EngineConvert& convert) {
+  Status accepted;
+  Publish([&](View&) { accepted = truth_.Convert(convert); });
+  if (!accepted.ok()) SendConverted(convert.attempt(), convert.stage(), accepted);
+}
+
 void EngineClient::OnCommit(const v1::EngineCommit& commit) {
   Status accepted;
   Publish([&](View&) {
@@ -178,6 +208,16 @@ void EngineClient::SendQuiesced(const v1::AttemptId& attempt, const Status& outc
   if (!outcome.ok()) {
     *request.mutable_quiesced()->mutable_error() = ToProto(WithRank(outcome, label()));
   }
+  Send(request);
+}
+
+void EngineClient::SendConverted(const v1::AttemptId& attempt, uint32_t stage,
+                                 const Status& outcome) {
+  Request request;
+  v1::EngineConverted* converted = request.mutable_converted();
+  *converted->mutable_attempt() = attempt;
+  converted->set_stage(stage);
+  if (!outcome.ok()) *converted->mutable_error() = ToProto(WithRank(outcome, label()));
   Send(request);
 }
 

@@ -43,8 +43,9 @@ class EngineClient final : public Session<EngineProtocol> {
   std::string StateJson() const;
   /// The number of changes so far, as soon as it differs from `since` or after the timeout.
   uint64_t Wait(uint64_t since, int timeout_ms);
-  /// Answers the pending Prepare or Commit; a failed status is the engine's refusal.
+  /// Answers the pending Prepare, conversion or Commit; a failed status is the engine's refusal.
   Status Quiesced(const Status& outcome);
+  Status Converted(const Status& outcome);
   Status Committed(const Status& outcome, const std::vector<std::string>& caches_reset);
 
   std::string label() const;  ///< "engine e0 tp 1", for messages
@@ -60,8 +61,10 @@ class EngineClient final : public Session<EngineProtocol> {
   void HandleClose() override;
 
   void OnPrepare(const v1::EnginePrepare& prepare);
+  void OnConvert(const v1::EngineConvert& convert);
   void OnCommit(const v1::EngineCommit& commit);
   void SendQuiesced(const v1::AttemptId& attempt, const Status& outcome);
+  void SendConverted(const v1::AttemptId& attempt, uint32_t stage, const Status& outcome);
   void SendCommitted(const v1::AttemptId& attempt, const Status& outcome,
                      const std::vector<std::string>& caches_reset);
 

@@ -29,8 +29,17 @@ Status NothingPending(std::string_view what) {
 }  // namespace
 
 std::string PendingName(Pending pending) {
-  if (pending == Pending::kNothing) return "";
-  return pending == Pending::kPrepare ? "prepare" : "commit";
+  switch (pending) {
+    case Pending::kNothing:
+      return "";
+    case Pending::kPrepare:
+      return "prepare";
+    case Pending::kConvert:
+      return "convert";
+    case Pending::kCommit:
+      return "commit";
+  }
+  return "";
 }
 
 v1::EngineState EngineTruth::resting_state() const {
@@ -54,6 +63,22 @@ Status EngineTruth::Prepare(const v1::EnginePrepare& prepare) {
 
 Status EngineTruth::Quiesced() {
   if (pending_ != Pending::kPrepare) return NothingPending("prepare");
+  pending_ = Pending::kNothing;
+  return absl::OkStatus();
+}
+
+Status EngineTruth::Convert(const v1::EngineConvert& convert) {
+  const bool prepared = running_ && pending_ == Pending::kNothing;
+  if (!prepared || Order(convert.attempt()) != Order(seen_)) {
+    return Fenced(convert.attempt(), seen_);
+  }
+  stage_ = convert.stage();
+  pending_ = Pending::kConvert;
+  return absl::OkStatus();
+}
+
+Status EngineTruth::Converted() {
+  if (pending_ != Pending::kConvert) return NothingPending("conversion");
   pending_ = Pending::kNothing;
   return absl::OkStatus();
 }

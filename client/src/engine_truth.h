@@ -11,7 +11,7 @@
 namespace weightd {
 
 /// What the daemon waits for.
-enum class Pending { kNothing, kPrepare, kCommit };
+enum class Pending { kNothing, kPrepare, kConvert, kCommit };
 
 /// (version, attempt, dirty) of one engine rank. dirty is set before its memory may be written, or
 /// when its replica is poisoned, and cleared only by a commit or by the daemon's word that no byte
@@ -24,6 +24,8 @@ class EngineTruth {
   bool dirty() const { return dirty_; }
   v1::EngineState state() const { return state_; }
   Pending pending() const { return pending_; }
+  /// The stage to convert; 0 unless that is pending.
+  uint32_t stage() const { return pending_ == Pending::kConvert ? stage_ : 0; }
   /// The version that the running attempt brings; 0 outside of one.
   uint64_t offered() const { return running_ ? offered_version_ : 0; }
   /// Why the last attempt failed; OK if it did not.
@@ -35,6 +37,12 @@ class EngineTruth {
   Status Prepare(const v1::EnginePrepare& prepare);
   /// The caller answered Prepare. \error FAILED_PRECONDITION if none is pending
   Status Quiesced();
+
+  /// A stage is verified; its conversion is pending.
+  /// \error ABORTED FENCED if it is not the attempt that was prepared
+  Status Convert(const v1::EngineConvert& convert);
+  /// The caller answered it. \error FAILED_PRECONDITION if none is pending
+  Status Converted();
 
   /// The attempt is verified; Commit is pending.
   /// \error ABORTED FENCED if it is not the attempt that was prepared
@@ -58,6 +66,7 @@ class EngineTruth {
   bool dirty_ = false;
   v1::EngineState state_ = v1::ENGINE_STATE_REGISTERED;
   Pending pending_ = Pending::kNothing;
+  uint32_t stage_ = 0;  // while its conversion is pending
   Status error_;
 
   bool running_ = false;            // between Prepare and Outcome
@@ -67,7 +76,7 @@ class EngineTruth {
   v1::AttemptId previous_attempt_;  // attempt_ before the running attempt
 };
 
-/// "", "prepare" or "commit".
+/// "", "prepare", "convert" or "commit".
 std::string PendingName(Pending pending);
 
 }  // namespace weightd

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <string_view>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
+
+#include "daemon/layout/stages.h"
 
 namespace weightd {
 namespace {
@@ -121,6 +124,54 @@ Status PlaceCuda(SegmentSet* segments, std::vector<Placement>* memory) {
   return absl::OkStatus();
 }
 
+/// Memory of a stage may be that of other stages, which rest while it is written, but of nothing
+/// else. Strided blocks count with what lies between their elements.
+Status CheckStagedMemory(const EngineRegistration& registration) {
+  struct Range {
+    uint32_t segment;
+    uint64_t begin, end;
+    uint32_t param;
+  };
+  const std::vector<ParamInfo>& params = registration.params;
+  if (NumStages(params) == 0) return absl::OkStatus();
+  std::vector<Range> ranges;
+  for (uint32_t i = 0; i < params.size(); ++i) {
+    const Placement& at = registration.memory[i];
+    if (!at.segment.has_value() || !params[i].alias_of.empty()) continue;
+    const auto bytes = SpanBytes(params[i].shape, at.strides, SizeBytes(params[i].dtype));
+    ranges.push_back({*at.segment, at.offset_bytes, at.offset_bytes + bytes.value_or(0), i});
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
+    return std::tie(a.segment, a.begin, a.param) < std::tie(b.segment, b.begin, b.param);
+  });
+  std::unordered_map<uint32_t, Range> last;  // by stage: of those so far the one that ends last
+  std::optional<Range> last_staged;          // of all stages
+  const auto meets = [&](const Range& range, const Range& before) {
+    return before.segment == range.segment && before.end > range.begin;
+  };
+  for (const Range& range : ranges) {
+    const uint32_t stage = params[range.param].stage;
+    std::optional<Range> other;
+    if (stage == 0 && last_staged.has_value() && meets(range, *last_staged)) other = last_staged;
+    for (const uint32_t of : {stage, 0u}) {
+      const auto before = stage == 0 ? last.end() : last.find(of);
+      if (before != last.end() && meets(range, before->second)) other = before->second;
+    }
+    if (other.has_value()) {
+      return Refuse(reason::kOverlap, "let only parameters of different stages share memory",
+                    params[range.param].name,
+                    fmt::format("memory of stage {} overlaps that of {} (stage {})", stage,
+                                params[other->param].name, params[other->param].stage));
+    }
+    const auto extend = [&](Range& latest) {
+      if (latest.segment != range.segment || latest.end < range.end) latest = range;
+    };
+    extend(last.try_emplace(stage, range).first->second);
+    if (stage > 0) extend(last_staged.has_value() ? *last_staged : last_staged.emplace(range));
+  }
+  return absl::OkStatus();
+}
+
 /// Reads the boxes of one tensor and where they lie.
 Status ReadShards(const weightd_tensor& tensor, const TensorInfo& info,
                   std::unordered_map<Box, uint32_t, BoxHash>* known, ActorRegistration* out) {
@@ -209,9 +260,12 @@ StatusOr<EngineRegistration> ReadParams(std::span<const weightd_param> params) {
   for (const weightd_param& param : params) {
     WEIGHTD_RETURN_IF_ERROR(
         CheckForm(param.name, param.dtype, param.num_dims, param.shape, out.params.size()));
-    ParamInfo info{param.name, Read(param.shape, param.num_dims), static_cast<DType>(param.dtype),
+    ParamInfo info{param.name,
+                   Read(param.shape, param.num_dims),
+                   static_cast<DType>(param.dtype),
                    static_cast<ParamKind>(param.kind),
-                   param.alias_of == nullptr ? "" : param.alias_of};
+                   param.alias_of == nullptr ? "" : param.alias_of,
+                   param.stage};
     if (param.kind < 1 || param.kind > 3) {
       return Refuse(reason::kProtocol, "pass kind 1 (raw), 2 (derived) or 3 (opaque)", info.name,
                     fmt::format("unknown parameter kind {}", param.kind));
@@ -247,6 +301,8 @@ StatusOr<EngineRegistration> ReadParams(std::span<const weightd_param> params) {
     }
   }
   WEIGHTD_RETURN_IF_ERROR(PlaceCuda(&out.segments, &out.memory));
+  WEIGHTD_RETURN_IF_ERROR(CheckStages(out.params));
+  WEIGHTD_RETURN_IF_ERROR(CheckStagedMemory(out));
   return out;
 }
 

@@ -249,14 +249,24 @@ typedef struct weightd_engine_options {
 } weightd_engine_options;
 
 /* One parameter of this rank. kind: 1 raw; 2 derived: lent in its loadable layout, converted before
- * Commit is answered; its memory must stay as it was transferred, since peers catch up from it; 3
- * opaque: listed only. alias_of: NULL, or the parameter whose storage it shares. */
+ * Commit is answered; 3 opaque: listed only. alias_of: NULL, or the parameter whose storage it
+ * shares.
+ *
+ * stage: 0, or for derived parameters the stage of a sync in which it is received. The stages of a
+ * rank are numbered from 1 without gaps, in the order in which they are to come; parameters of
+ * different stages may share the same memory. With several stages the daemon asks for the
+ * conversion of each before the next one is written: see weightd_engine_converted.
+ *
+ * With at most one stage the memory must stay as it was transferred, since peers catch up from it.
+ * A rank with several can neither be a source of a catch-up nor be caught up: it waits for the next
+ * sync. */
 typedef struct weightd_param {
   const char* name;
   weightd_dtype dtype;
   int32_t num_dims;
   int64_t shape[WEIGHTD_MAX_DIMS]; /* local */
   int32_t kind;
+  uint32_t stage;
   const char* alias_of;
   weightd_memory memory; /* fd must be >= 0 or the space CUDA, unless opaque or aliased */
 } weightd_param;
@@ -270,7 +280,11 @@ WEIGHTD_API weightd_error* weightd_engine_open(const weightd_engine_options* opt
  * daemon and worker have taken them, unless connect_timeout_ms < 0, in which case it goes on in
  * the background and weightd_engine_state tells.
  * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE if no rule file describes the model;
- *   INVALID_ARGUMENT (and UNKNOWN_DEVICE) and WORKER_START as weightd_actor_register */
+ *   INVALID_ARGUMENT (and UNKNOWN_DEVICE) and WORKER_START as weightd_actor_register
+ * \error INVALID_ARGUMENT CONFIG naming the parameter if stages have a gap, belong to a parameter
+ *   that is not derived, or come with auto_quiesce, which converts nothing
+ * \error INVALID_ARGUMENT OVERLAP naming the parameter if memory of a stage overlaps that of
+ * another parameter which is not of another stage */
 WEIGHTD_API weightd_error* weightd_engine_register(weightd_engine* engine,
                                                    const weightd_param* params, size_t num_params);
 
@@ -315,18 +329,18 @@ WEIGHTD_API weightd_error* weightd_engine_register_traced(weightd_engine* engine
                                                           const weightd_trace* trace);
 
 /* State as JSON:
- * {"connected","registered","state","version","dirty","attempt","pending","offered","idle",
+ * {"connected","registered","state","version","dirty","attempt","pending","stage","offered","idle",
  * "worker","error"}.
  * `state` is the name of weightd.v1.EngineState without prefix: POISONED means that a failed sync
  * may have torn the parameters. (version, attempt, dirty) is what is true about this rank's memory;
  * it is reported again to a restarted daemon, but only when no worker maps the memory any more.
- * `pending` is "", "prepare" or "commit": what the daemon waits for; `offered` the version that the
- * running attempt brings, 0 outside of one. `idle` is {"count","version","error"}: how often the
- * daemon has said that no attempt is coming, and its last such word: a sync of `version` ended
- * without this rank for the reason `error`, or (0) it was registered and has nothing to catch up
- * with. `error` is null or an object
- * as in a sync's result: why the session is down, else why the last attempt failed. Never blocks.
- * Caller frees. */
+ * `pending` is "", "prepare", "convert" or "commit": what the daemon waits for; `stage` the stage
+ * to convert, 0 without a pending conversion; `offered` the version that the running attempt
+ * brings, 0 outside of one. `idle` is {"count","version","error"}: how often the daemon has said
+ * that no attempt is coming, and its last such word: a sync of `version` ended without this rank
+ * for the reason `error`, or (0) it was registered and has nothing to catch up with. `error` is
+ * null or an object as in a sync's result: why the session is down, else why the last attempt
+ * failed. Never blocks. Caller frees. */
 WEIGHTD_API char* weightd_engine_state(weightd_engine* engine);
 
 /* Waits until the state JSON would differ from what it was `since` (a counter; 0 at first). Returns
@@ -338,6 +352,14 @@ WEIGHTD_API uint64_t weightd_engine_wait(weightd_engine* engine, uint64_t since,
  * \error FAILED_PRECONDITION if no Prepare is pending (any more) */
 WEIGHTD_API weightd_error* weightd_engine_quiesced(weightd_engine* engine,
                                                    const char* error_message);
+
+/* Answers the pending conversion: what was received of the stage that weightd_engine_state shows is
+ * not needed any more, and its memory may be written again. Comes for every stage of the rank but
+ * the last, which is converted before Commit is answered. error_message not NULL: the engine could
+ * not convert it; the replica is then POISONED.
+ * \error FAILED_PRECONDITION if no conversion is pending (any more) */
+WEIGHTD_API weightd_error* weightd_engine_converted(weightd_engine* engine,
+                                                    const char* error_message);
 
 /* Without auto_quiesce: answers the pending Commit after derived parameters were converted.
  * caches_reset: comma-separated names of caches that were really reset, may be NULL. error_message

@@ -52,6 +52,28 @@ TEST_CASE("the engine is dirty before Prepare is answered") {
   CHECK(truth.version() == 3);
 }
 
+TEST_CASE("a stage is converted within the attempt that brought it") {
+  EngineTruth truth = Serving();
+  v1::EngineConvert convert;
+  convert.mutable_attempt()->set_epoch(1);
+  convert.mutable_attempt()->set_counter(2);
+  convert.set_stage(1);
+  CHECK_FALSE(truth.Convert(convert).ok());
+  REQUIRE(truth.Prepare(Of<v1::EnginePrepare>(1, 2, 4)).ok());
+  CHECK_FALSE(truth.Convert(convert).ok());  // not quiet yet
+  REQUIRE(truth.Quiesced().ok());
+  REQUIRE(truth.Convert(convert).ok());
+  CHECK(truth.pending() == Pending::kConvert);
+  CHECK(truth.stage() == 1);
+  CHECK(truth.offered() == 4);
+  CHECK_FALSE(truth.Commit(Of<v1::EngineCommit>(1, 2, 4)).ok());  // not answered yet
+  REQUIRE(truth.Converted().ok());
+  CHECK(truth.stage() == 0);
+  CHECK_FALSE(truth.Converted().ok());
+  CHECK(truth.dirty());
+  CHECK(truth.Commit(Of<v1::EngineCommit>(1, 2, 4)).ok());
+}
+
 TEST_CASE("an untouched engine is what it was before the attempt") {
   EngineTruth truth = Serving();
   REQUIRE(truth.Prepare(Of<v1::EnginePrepare>(1, 2, 4)).ok());
