@@ -24,6 +24,7 @@ from tests.support.llama_engine import (
     first_difference,
     source_shapes,
 )
+from tests.support.staged_rank import StagedParams
 from weightd import Actor, EngineRank, Error
 
 CONFIG = {
@@ -203,7 +204,22 @@ def monotonic(cluster: Cluster) -> str:
         return "" if trainer.sync(1) == "STALE_VERSION" else "went back"
 
 
-OBSERVERS: tuple[Callable[[Cluster], str], ...] = (exact, patient, polite, monotonic)
+def staged(cluster: Cluster) -> str:
+    """Derived parameters that are received one layer at a time are all converted."""
+    params = StagedParams(CONFIG, 0, 1, torch.bfloat16)
+    options = {"model": "m", "engine": "e0", "architecture": "LlamaForCausalLM", "config": CONFIG}
+    with EngineRank(cluster.address, **options, **params.options()), _Trainer(cluster) as trainer:
+        for version in (1, 2):
+            reason = trainer.sync(version)
+            if reason is not None:
+                return reason
+            wanted = expected_params(CONFIG, _source(version), 0, 1, torch.bfloat16)
+            if params.differences(wanted):
+                return "wrong bytes"
+    return ""
+
+
+OBSERVERS: tuple[Callable[[Cluster], str], ...] = (exact, patient, polite, monotonic, staged)
 
 
 class Case(NamedTuple):
@@ -258,6 +274,11 @@ MUTATIONS = {
         ),
         polite,
         "written early",
+    ),
+    "skip_convert": Case(
+        ("sync/sync_test", "each stage is transferred, verified and converted before the next"),
+        staged,
+        "wrong bytes",
     ),
     "reuse_version": Case(
         ("registry/registry_test", "versions only go up"), monotonic, "went back"

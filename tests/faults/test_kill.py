@@ -29,6 +29,8 @@ TORN = {
     "before_verify": {"verify"},
     "worker.before_verify": {"verify"},
 }
+# Engines that receive derived parameters in stages: between the conversion of one and the transfer of the next.
+BETWEEN = "between_rounds"
 # From here on every byte is verified: only who has to take part in the publication can fail it.
 VERIFIED = {"before_publish": {"commit"}, "before_ack": {"commit", "report"}}
 # A client of a daemon that is gone names the phase that it last heard of.
@@ -95,7 +97,7 @@ def _check_answer(answer: dict[str, Any], victim: str, point: str, seconds: floa
     reason, peer = PEERS[victim]
     assert (answer["kind"], answer["reason"]) == ("UnavailableError", reason), answer
     assert peer in answer["peer"], answer
-    phases = (TORN | VERIFIED)[point]
+    phases = {"commit", "transfer", "verify"} if point == BETWEEN else (TORN | VERIFIED)[point]
     if victim == "daemon":
         phases = phases | HEARD.get(point, {"build_plan", "prepare"})
     assert answer["phase"] in phases, answer
@@ -134,6 +136,31 @@ def test_survivors_of_a_kill_in_a_sync(tmp_path: Path, victim: str, point: str) 
             for child in children:
                 os.kill(child, signal.SIGKILL)
         scene.assert_descriptors(before)
+        scene.assert_sockets()
+
+
+@pytest.mark.parametrize("victim", ("actor", "engine", "worker", "daemon"))
+def test_survivors_of_a_kill_between_rounds(tmp_path: Path, victim: str) -> None:
+    """The engine has converted its first stage; the memory of that waits for the second."""
+    with Scene(tmp_path, staged_engines=True) as scene:
+        scene.start_actors()
+        scene.start_engine()
+        scene.sync_ok(1)
+        scene.points.arm(BETWEEN)
+        scene.begin_sync(2)
+        scene.points.wait(BETWEEN)
+        killed = _kill(scene, victim, scene.worker_pid())
+        _wait_until_noticed(scene, victim, 2)
+        scene.points.release(BETWEEN)
+        for actor in scene.actors.values():
+            answer = actor.answer(SURVIVOR_SECONDS)
+            _check_answer(answer, victim, BETWEEN, time.monotonic() - killed)
+            assert answer["ack"] is None
+        if victim != "daemon":
+            assert scene.engine_status()["state"] in ("POISONED", "GONE")
+            scene.assert_truthful()
+        _bring_back(scene, victim)
+        scene.sync_ok(3)
         scene.assert_sockets()
 
 

@@ -16,9 +16,12 @@ from typing import Any, Callable
 import torch
 
 from tests.support.llama_engine import empty_params, expected_params, first_difference
+from tests.support.staged_rank import StagedParams
 from weightd import EngineRank
 
 _WAIT_SECONDS = 60.0
+
+_Held = Callable[[], dict[str, torch.Tensor]]  # what a rank's memory holds, by name
 
 
 class Ranks:
@@ -26,20 +29,29 @@ class Ranks:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._ranks: dict[str, tuple[EngineRank, dict[str, Any], dict[str, torch.Tensor]]] = {}
+        self._ranks: dict[str, tuple[EngineRank, dict[str, Any], _Held]] = {}
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def open(self, key: str, memory: str = "cpu", **options: Any) -> dict[str, Any]:
+    def open(
+        self, key: str, memory: str = "cpu", staged: bool = False, **options: Any
+    ) -> dict[str, Any]:
         """Opens a rank with poisoned parameters.
 
-        ``memory`` is the torch device that they are on, ``dtype`` torch's name of their type.
+        ``memory`` is the torch device that they are on, ``dtype`` torch's name of their type;
+        ``staged`` receives projections in stages.
         """
         dtype = getattr(torch, options.pop("dtype"))
         config, tp_rank, tp_size = options["config"], options["tp_rank"], options["tp_size"]
+        options_of_rank = {**options, "dtype": dtype}
+        if staged:
+            stages = StagedParams(config, tp_rank, tp_size, dtype)
+            rank = EngineRank(self._address, **stages.options(), **options)
+            self._ranks[key] = (rank, options_of_rank, stages.held)
+            return rank.state
         params = empty_params(config, tp_rank, tp_size, dtype)
         params = {name: tensor.to(memory) for name, tensor in params.items()}
         rank = EngineRank(self._address, params=params, **options)
-        self._ranks[key] = (rank, {**options, "dtype": dtype}, params)
+        self._ranks[key] = (rank, options_of_rank, lambda: params)
         return rank.state
 
     def check(self, key: str, version: int, source: str) -> list[str]:
@@ -50,7 +62,7 @@ class Ranks:
             version: to wait for.
             source: file with the full tensors of that version under Hugging Face names.
         """
-        rank, options, params = self._ranks[key]
+        rank, options, held = self._ranks[key]
         state = rank.wait(version=version, timeout=_WAIT_SECONDS)
         differences = [] if state["version"] == version else [f"serves {state['version']}"]
         expected = expected_params(
@@ -60,6 +72,7 @@ class Ranks:
             options["tp_size"],
             options["dtype"],
         )
+        params = held()
         if expected.keys() != params.keys():
             differences.append(f"names: {sorted(expected.keys() ^ params.keys())}")
         for name, tensor in expected.items():
@@ -70,7 +83,7 @@ class Ranks:
 
     def capture(self, key: str) -> None:
         """Captures a CUDA graph that reads every parameter of a rank where it lies now."""
-        params = list(self._ranks[key][2].values())
+        params = list(self._ranks[key][2]().values())
         result = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
 
         def read() -> None:

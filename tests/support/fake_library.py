@@ -148,6 +148,11 @@ class FakeLibrary:
         self.set_engine_state(pending="")
         return None
 
+    def weightd_engine_converted(self, handle: int, failure: Optional[bytes]) -> Optional[int]:
+        self.answers.append(("converted", None, failure and failure.decode()))
+        self.set_engine_state(pending="")
+        return None
+
     def weightd_engine_committed(
         self, handle: int, caches: Optional[bytes], failure: Optional[bytes]
     ) -> Optional[int]:
@@ -214,6 +219,7 @@ def _param(param: _native.Param) -> dict[str, Any]:
         "dtype": param.dtype,
         "shape": list(param.shape[:dims]),
         "kind": param.kind,
+        "stage": param.stage,
         "alias_of": param.alias_of and param.alias_of.decode(),
         **_memory(param.memory, dims),
     }

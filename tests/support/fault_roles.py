@@ -24,6 +24,7 @@ from tests.support.llama_engine import (
     poisoned,
     source_shapes,
 )
+from tests.support.staged_rank import StagedParams
 from tests.support.trainer_ranks import row_shard
 from weightd import Actor, EngineRank, Error
 
@@ -155,6 +156,7 @@ class ServingRank:
         self._rank: Optional[EngineRank] = None
         self._place = (0, 1)
         self._params: dict[str, torch.Tensor] = {}
+        self._stages: Optional[StagedParams] = None
 
     def register(
         self,
@@ -166,21 +168,26 @@ class ServingRank:
         device: Optional[str] = None,
         worker: str = "daemon",
         environment: Optional[dict[str, str]] = None,
+        staged: bool = False,
     ) -> None:
-        """Opens the rank with poisoned parameters."""
+        """Opens the rank with poisoned parameters; ``staged`` receives projections in stages."""
         os.environ.update(environment or {})  # a worker that is spawned gets it
         self._place = (tp_rank, tp_size)
         like = expected_params(CONFIG, canaries(0), tp_rank, tp_size, torch.float32)
         self._params = {
             name: poisoned(tuple(tensor.shape), torch.float32) for name, tensor in like.items()
         }
+        options: dict[str, Any] = {"params": self._params}
+        if staged:
+            self._stages = StagedParams(CONFIG, tp_rank, tp_size, torch.float32)
+            options = self._stages.options()
         self._rank = EngineRank(
             address,
             model=model,
             engine=engine,
             architecture="LlamaForCausalLM",
             config=CONFIG,
-            params=self._params,
+            **options,
             tp_rank=tp_rank,
             tp_size=tp_size,
             device=device,
@@ -200,6 +207,8 @@ class ServingRank:
     def differences(self, version: int) -> list[str]:
         """Compares the memory, bit by bit, with what ``version`` must be."""
         expected = expected_params(CONFIG, canaries(version), *self._place, torch.float32)
+        if self._stages is not None:
+            return self._stages.differences(expected)
         found = [(name, first_difference(self._params[name], expected[name])) for name in expected]
         return [f"{name}: {difference}" for name, difference in found if difference]
 

@@ -95,6 +95,7 @@ class Scene:
         settings: str = "",
         devices: tuple[str, ...] = ("host",),
         worker: str = "daemon",
+        staged_engines: bool = False,
     ) -> None:
         """Starts the daemon.
 
@@ -105,6 +106,7 @@ class Scene:
                 engine rank i have their memory on the i-th of them.
             worker: ``spawn``: the daemon serves none of them, ranks start the workers; their
                 sockets are under ``sockets``.
+            staged_engines: engines receive their projections in stages.
         """
         self._spawns: dict[str, Any] = {}
         self.sockets = folder / "run"
@@ -116,6 +118,7 @@ class Scene:
             }
             self._spawns = {"worker": worker, "environment": environment}
         self.devices = devices
+        self._staged_engines = staged_engines
         self.points = Failpoints(folder / "points")
         os.environ["WEIGHTD_FAILPOINT_DIR"] = str(self.points.folder)
         try:
@@ -186,6 +189,7 @@ class Scene:
             tp_size=TP_SIZE,
             device=device or self.devices[(tp_rank - TP_SIZE) % len(self.devices)],
             **self._spawns,
+            staged=self._staged_engines,
         )
         return player
 

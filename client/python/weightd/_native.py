@@ -133,6 +133,7 @@ class Param(ctypes.Structure):
         ("num_dims", ctypes.c_int32),
         ("shape", Dims),
         ("kind", ctypes.c_int32),
+        ("stage", ctypes.c_uint32),
         ("alias_of", ctypes.c_char_p),
         ("memory", Memory),
     ]
@@ -203,6 +204,7 @@ _PROTOTYPES: dict[str, tuple] = {
     "weightd_engine_state": (ctypes.c_void_p, _HANDLE),
     "weightd_engine_wait": (ctypes.c_uint64, _HANDLE, ctypes.c_uint64, ctypes.c_int),
     "weightd_engine_quiesced": (_ERROR, _HANDLE, ctypes.c_char_p),
+    "weightd_engine_converted": (_ERROR, _HANDLE, ctypes.c_char_p),
     "weightd_engine_committed": (_ERROR, _HANDLE, ctypes.c_char_p, ctypes.c_char_p),
     "weightd_engine_close": (None, _HANDLE),
 }

@@ -32,30 +32,35 @@ def param_array(
     pairs: list[tuple[str, Any]],
     shared: Mapping[int, _memory.SharedStorage],
     kinds: Iterable[int],
+    stages: Iterable[int],
 ) -> ctypes.Array:
-    """Builds ``weightd_param[]``; names that denote the same memory become aliases of the first.
+    """Builds ``weightd_param[]``; names that denote the same memory, and are not received in different
+    stages, become aliases of the first.
 
     Args:
         layout: what `describe` says of each tensor.
         pairs: (name, tensor).
         shared: their storages in shared memory.
         kinds: number of each parameter's kind.
+        stages: stage of each parameter.
 
     Raises:
         errors.UnsupportedError: a parameter's storage cannot be lent.
     """
     array = (_native.Param * max(1, len(pairs)))()
     seen: dict[tuple, str] = {}
-    for target, local, (name, tensor), kind in zip(array, layout, pairs, kinds):
+    for target, local, (name, tensor), kind, stage in zip(array, layout, pairs, kinds, stages):
         target.name = name.encode("utf-8")
         target.dtype = local.dtype
         target.num_dims = len(local.shape)
         target.shape[: len(local.shape)] = local.shape
         target.kind = kind
+        target.stage = stage
         if kind == OPAQUE:
             target.memory.fd = -1
             continue
-        key = (_memory.storage_key(tensor), tensor.storage_offset(), local.shape, tensor.stride())
+        where = (_memory.storage_key(tensor), tensor.storage_offset())
+        key = (where, local.shape, tensor.stride(), stage)
         first = seen.setdefault(key, name) if tensor.numel() else name
         target.alias_of = _native.encode(first) if first != name else None
         fill_memory(target.memory, tensor, shared)
@@ -85,6 +90,25 @@ def kind_numbers(pairs: list[tuple[str, Any]], kinds: Mapping[str, str]) -> list
                 remedy=f"use one of {', '.join(_KINDS)}",
             )
     return [_KINDS[kinds.get(name, "raw")] for name, _ in pairs]
+
+
+def stage_numbers(pairs: list[tuple[str, Any]], stages: Mapping[str, int]) -> list[int]:
+    """The stage of each parameter; 0 for those that are written in place.
+
+    Raises:
+        errors.LayoutError: a stage is no number from 1 on, or of no parameter.
+    """
+    unknown = stages.keys() - {name for name, _ in pairs}
+    for name, stage in stages.items():
+        if name in unknown or not isinstance(stage, int) or stage < 1:
+            raise layout_error(
+                f"cannot use the stage of a parameter: stage={stage!r}"
+                + (", there is no such parameter" if name in unknown else ""),
+                reason="UNKNOWN_TENSOR" if name in unknown else "CONFIG",
+                tensor=name,
+                remedy="number the stages of registered parameters from 1",
+            )
+    return [stages.get(name, 0) for name, _ in pairs]
 
 
 def checked(name: str, tensor: Any, kind: int) -> LocalTensor:

@@ -9,10 +9,18 @@ import threading
 import time
 import weakref
 from types import TracebackType
-from typing import Any, Callable, Iterable, Mapping, Optional, Union
+from typing import Any, Iterable, Mapping, Optional, Union
 
 from weightd import _memory, _native
-from weightd._params import OPAQUE, checked, config_json, kind_numbers, param_array
+from weightd._callbacks import Callbacks, Commit, Convert, Quiesce
+from weightd._params import (
+    OPAQUE,
+    checked,
+    config_json,
+    kind_numbers,
+    param_array,
+    stage_numbers,
+)
 from weightd._registration import Layout, register
 from weightd._source import named_pairs
 from weightd.errors import (
@@ -26,9 +34,6 @@ from weightd.errors import (
 from weightd.traced import TracedLayout
 
 _SLICE_MS = 100
-
-Quiesce = Callable[[], None]
-Commit = Callable[[], Optional[Iterable[str]]]
 
 
 class EngineRank:
@@ -46,8 +51,11 @@ class EngineRank:
             registered as one parameter with aliases. References are kept.
         kinds: what the engine does with a parameter after loading, by name: ``"raw"`` (the
             default; it computes with these bytes), ``"derived"`` (these bytes are converted in
-            ``commit``; they are lent in loadable layout and must stay as they were transferred) or
-            ``"opaque"`` (not weightd's: listed, not lent).
+            ``commit`` or ``convert``; they are lent in loadable layout and, with at most one stage,
+            must stay as they were transferred) or ``"opaque"`` (not weightd's: listed, not lent).
+        stages: of derived parameters, by name, from 1 without gaps: a sync receives one stage
+            after the other, so that parameters of different stages may lie in the same memory.
+            With several this rank neither catches up from a peer nor serves one as a source.
         profile: naming and merging convention of the engine.
         layout: for a model that no rule file describes, what `weightd.trace.trace_loader` found,
             or a function that finds it. A rule file that describes (architecture, profile) wins; a
@@ -60,6 +68,9 @@ class EngineRank:
         commit: called on the same thread after verification; returns names of caches that were
             reset, or None. Raising poisons the replica. With neither callback both are answered
             at once, without Python.
+        convert: called on the same thread with every stage in turn, once it is verified: converts
+            what was received, whose memory is written again as soon as this returns. For the last
+            stage it is called right before ``commit``. Raising poisons the replica.
         connect_timeout: seconds to wait for the daemon; negative goes on in the background.
         device: that holds this rank's parameters, by the daemon's name: ``host``, ``host.1`` or a
             GPU's UUID; None is ``host``.
@@ -68,7 +79,7 @@ class EngineRank:
     Raises:
         errors.UnavailableError: no daemon answers, or there is no program to spawn.
         errors.LayoutError: unknown architecture, profile or device, a parameter no rule covers,
-            bad shapes.
+            bad shapes, stages with a gap or that nobody converts.
         errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
     """
 
@@ -94,6 +105,8 @@ class EngineRank:
         prefer_layout: bool = False,
         quiesce: Optional[Quiesce] = None,
         commit: Optional[Commit] = None,
+        stages: Optional[Mapping[str, int]] = None,
+        convert: Optional[Convert] = None,
         connect_timeout: float = 10.0,
         device: Optional[str] = None,
         worker: str = "daemon",
@@ -101,6 +114,9 @@ class EngineRank:
         self._lib = _native.library()
         pairs = named_pairs(params)
         numbers = kind_numbers(pairs, kinds or {})
+        places = stage_numbers(pairs, stages or {})
+        callbacks = Callbacks(quiesce, commit, convert, max(places, default=0))
+        callbacks.check()
         described = [
             checked(name, tensor, number) for (name, tensor), number in zip(pairs, numbers)
         ]
@@ -120,7 +136,7 @@ class EngineRank:
             architecture=_native.encode(architecture),
             profile=_native.encode(profile),
             config_json=_native.encode(config_json(config)),
-            auto_quiesce=int(quiesce is None and commit is None),
+            auto_quiesce=int(not callbacks.any),
             connect_timeout_ms=_timeout_ms(connect_timeout),
             device=_native.encode(device),
             worker=_native.worker_number(worker),
@@ -147,13 +163,13 @@ class EngineRank:
             self._stop,
         )
         try:
-            self._array = param_array(described, pairs, shared, numbers)
+            self._array = param_array(described, pairs, shared, numbers, places)
             register(self._lib, self._handle, self._array, len(pairs), layout, prefer_layout)
         except BaseException:
             self._close()
             raise
-        if quiesce is not None or commit is not None:
-            self._start_thread(quiesce, commit)
+        if callbacks.any:
+            self._start_thread(callbacks)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -282,11 +298,11 @@ class EngineRank:
     ) -> None:
         self.close()
 
-    def _start_thread(self, quiesce: Optional[Quiesce], commit: Optional[Commit]) -> None:
+    def _start_thread(self, callbacks: Callbacks) -> None:
         """Answers the daemon on a thread that keeps no reference to this object while it waits."""
         self._thread = threading.Thread(
             target=_serve_callbacks,
-            args=(weakref.ref(self), quiesce, commit),
+            args=(weakref.ref(self), callbacks),
             name="weightd-engine",
             daemon=True,
         )
@@ -305,27 +321,26 @@ class EngineRank:
         if self._counter != before:
             self.wake()
 
-    def _answer(self, quiesce: Optional[Quiesce], commit: Optional[Commit]) -> None:
+    def _answer(self, callbacks: Callbacks) -> None:
         """Runs the callback that the daemon waits for, if it waits for one, and reports."""
         with self._lock:
-            pending = self.state.get("pending", "")
+            state = self.state
+        pending = state.get("pending", "")
         if pending == "prepare":
-            _, failure = _call(quiesce)
-            with self._lock:
-                self._check_usable()
-                _native.take_error(
-                    self._lib.weightd_engine_quiesced(self._handle, _native.encode(failure))
-                )
+            self._tell(self._lib.weightd_engine_quiesced, callbacks.stop())
+        elif pending == "convert":
+            failure = callbacks.take(state["stage"])
+            self._tell(self._lib.weightd_engine_converted, failure)
         elif pending == "commit":
-            caches, failure = _call(commit)
+            caches, failure = callbacks.finish()
             names = ",".join(caches or ()) or None
-            with self._lock:
-                self._check_usable()
-                _native.take_error(
-                    self._lib.weightd_engine_committed(
-                        self._handle, _native.encode(names), _native.encode(failure)
-                    )
-                )
+            self._tell(self._lib.weightd_engine_committed, names, failure)
+
+    def _tell(self, function: Any, *texts: Optional[str]) -> None:
+        """Answers the daemon; that it has stopped waiting meanwhile is no error."""
+        with self._lock:
+            self._check_usable()
+            _native.take_error(function(self._handle, *map(_native.encode, texts)))
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -340,29 +355,17 @@ class EngineRank:
             )
 
 
-def _serve_callbacks(
-    engine_ref: weakref.ref[EngineRank], quiesce: Optional[Quiesce], commit: Optional[Commit]
-) -> None:
+def _serve_callbacks(engine_ref: weakref.ref[EngineRank], callbacks: Callbacks) -> None:
     while True:
         engine = engine_ref()
         if engine is None or engine._stop.is_set():
             return
         try:
             engine._wait_slice(_SLICE_MS)
-            engine._answer(quiesce, commit)
+            engine._answer(callbacks)
         except StateError:  # closed meanwhile
             return
         del engine
-
-
-def _call(callback: Optional[Callable[[], Any]]) -> tuple[Any, Optional[str]]:
-    """Runs a user's callback; (its value, None) or (None, what it raised)."""
-    if callback is None:
-        return None, None
-    try:
-        return callback(), None
-    except Exception as error:  # becomes the replica's outcome; the thread has to live on
-        return None, f"{type(error).__name__}: {error}"
 
 
 def _error_text(state: Mapping[str, Any]) -> str:

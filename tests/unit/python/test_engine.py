@@ -222,6 +222,38 @@ def test_callbacks_answer_prepare_and_commit(library: FakeLibrary) -> None:
     assert library.answers == [("quiesced", None, None), ("committed", "prefix", None)]
 
 
+def test_every_stage_is_converted_the_last_one_before_commit(library: FakeLibrary) -> None:
+    arena, done = torch.zeros(4), []
+    staged = [("w", torch.zeros(2)), ("a", arena[:3]), ("b", arena[:3]), ("tied", arena[:3])]
+    with _engine(
+        staged,
+        kinds={"a": "derived", "b": "derived", "tied": "derived"},
+        stages={"a": 1, "b": 2, "tied": 2},
+        convert=lambda stage: done.append(stage),
+        commit=lambda: done.append("commit"),
+    ):
+        assert [param["stage"] for param in library.params] == [0, 1, 2, 2]
+        assert [param["alias_of"] for param in library.params] == [None, None, None, "b"]
+        library.set_engine_state(pending="convert", stage=1)
+        _until(library, lambda: len(library.answers) == 1)
+        library.set_engine_state(pending="commit")
+        _until(library, lambda: len(library.answers) == 2)
+    assert done == [1, 2, "commit"]
+    assert library.answers == [("converted", None, None), ("committed", None, None)]
+
+
+def test_a_last_stage_that_cannot_be_converted_is_not_committed(library: FakeLibrary) -> None:
+    def fail(stage: int) -> None:
+        raise RuntimeError(f"stage {stage}")
+
+    done: list[str] = []
+    options = {"kinds": {"w": "derived"}, "stages": {"w": 1}, "convert": fail}
+    with _engine(**options, commit=lambda: done.append("commit")):
+        library.set_engine_state(pending="commit")
+        _until(library, lambda: len(library.answers) == 1)
+    assert library.answers == [("committed", None, "RuntimeError: stage 1")] and done == []
+
+
 def test_callback_that_raises_is_reported_and_the_thread_lives_on(library: FakeLibrary) -> None:
     def fail() -> None:
         raise RuntimeError("cannot pause")
