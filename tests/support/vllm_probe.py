@@ -28,6 +28,7 @@ class Probe:
             "state": engine.rank.state,
             "kinds": engine.parameters.kinds,
             "counts": engine.parameters.counts(),
+            "stages": engine.parameters.num_stages,
             "pid": os.getpid(),
         }
 

@@ -1,9 +1,10 @@
 """Derived parameters in vLLM's own model classes, without an engine: what is received in loadable
-layout and converted equals what vLLM makes of the same checkpoint.
+layout and converted equals what vLLM makes of the same checkpoint, in one stage and in many.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 from pathlib import Path
@@ -114,26 +115,63 @@ def test_converted_parameters_equal_those_of_a_fresh_load(
     family, dtype, more = CASES[case]
     paths = [_checkpoint(tmp_path, family, more, seed) for seed in (1, 2)]
     model, config = _load(paths[0], dtype)
-    parameters = parameters_of(model)
-    with capsys.disabled():
-        print(f"\n{case}: {parameters.counts()}", flush=True)
     with _without_post_load(monkeypatch):
-        loadable = dict(own_parameters(_load(paths[1], dtype)[0]))
+        loadables = [dict(own_parameters(_load(path, dtype)[0])) for path in reversed(paths)]
+    expected = [dict(content(_load(paths[1], dtype)[0])), dict(content(model))]
     addresses = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
-    lent = [pair for pair in parameters.pairs if parameters.kinds.get(pair[0]) != "opaque"]
-    assert {name for name, _ in lent} == set(loadable)
-    fresh, _ = _load(paths[1], dtype)
-    expected = dict(content(fresh))
-    for _ in range(3):  # a conversion leaves all ready for the next, which copies less
-        with torch.no_grad():
-            for name, tensor in lent:
+    for stage_bytes in (1 << 28, 1):
+        parameters = parameters_of(model, stage_bytes)
+        _check_stages(parameters, stage_bytes)
+        with capsys.disabled():
+            counts = (parameters.counts(), parameters.num_stages, parameters.arena_bytes())
+            print(f"\n{case}: {counts}", flush=True)
+        for index in (0, 1, 0):  # a conversion leaves all ready for the next, which copies less
+            loadable, wanted = loadables[index], expected[index]
+            with set_current_vllm_config(config):
+                _receive(parameters, config.model_config, loadable)
+            found = dict(content(model))
+            assert found.keys() == wanted.keys()
+            assert [name for name in found if not same_bits(found[name], wanted[name])] == []
+            assert {n: t.data_ptr() for n, t in model.named_parameters()} == addresses
+
+
+def _receive(parameters: Any, model_config: Any, loadable: dict[str, torch.Tensor]) -> None:
+    """Fills what is lent and converts it, as a sync does."""
+    lent = {n: t for n, t in parameters.pairs if parameters.kinds.get(n) != "opaque"}
+    assert lent.keys() == loadable.keys()
+
+    def fill(stages: tuple[int, ...]) -> None:
+        for name, tensor in lent.items():
+            if parameters.stages.get(name, 0) in stages:
                 assert tensor.shape == loadable[name].shape, name
                 tensor.copy_(loadable[name])
-        with set_current_vllm_config(config):
-            parameters.convert(config.model_config)
-        found = dict(content(model))
-        assert found.keys() == expected.keys()
-        assert [name for name in found if not same_bits(found[name], expected[name])] == []
-    assert {n: t.data_ptr() for n, t in model.named_parameters()} == addresses
-    for name, tensor in lent:  # what was received stays, for engines that catch up
-        assert same_bits(tensor, loadable[name]), name
+
+    with torch.no_grad():
+        fill((0, 1))
+        for stage in range(1, parameters.num_stages + 1):
+            if stage > 1:
+                fill((stage,))
+            parameters.convert(model_config, stage)
+        parameters.finish(model_config)
+    if parameters.num_stages <= 1:  # what was received stays, for engines that catch up
+        assert [name for name in lent if not same_bits(lent[name], loadable[name])] == []
+
+
+def _check_stages(parameters: Any, stage_bytes: int) -> None:
+    """Everything at once, or no more than the largest module has; without overlaps."""
+    buffers = {name: tensor for name, tensor in parameters.pairs if name in parameters.stages}
+    assert set(parameters.stages.values()) == set(range(1, parameters.num_stages + 1))
+    of_module: collections.Counter[str] = collections.Counter()
+    for name, tensor in buffers.items():
+        of_module[name.rpartition(".")[0]] += -(-tensor.nbytes // 256) * 256
+    if stage_bytes == 1 and buffers:
+        assert parameters.num_stages > 1
+        assert parameters.arena_bytes() == max(of_module.values())
+    else:
+        assert parameters.num_stages == min(1, len(buffers))
+        assert parameters.arena_bytes() >= parameters.staged_bytes()
+    ends: dict[int, int] = {}
+    for name, tensor in sorted(buffers.items(), key=lambda item: item[1].data_ptr()):
+        stage = parameters.stages[name]
+        assert tensor.data_ptr() >= ends.get(stage, 0), name
+        ends[stage] = tensor.data_ptr() + tensor.nbytes

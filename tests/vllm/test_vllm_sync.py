@@ -24,13 +24,14 @@ MODEL = "policy"
 PROMPTS = [[5, 6, 7, 8], [200, 3], [17, 250, 31, 99, 4, 60, 2]]
 TOKENS = 12
 DTYPES = (torch.bfloat16, torch.float32)
-# TP size, dtype, eager, who starts weightd's worker; one case with vLLM's default, torch.compile, and
-# one in which the daemon has no worker: a worker of vLLM starts it and the trainer uses it.
-CASES = [
-    (1, "bfloat16", True, "daemon"),
-    (1, "float32", False, "daemon"),
-    (2, "bfloat16", True, "spawn"),
-    (2, "float32", True, "daemon"),
+# TP size, dtype, eager, settings; one case with vLLM's default, torch.compile, one in which the daemon
+# has no worker (a worker of vLLM starts it and the trainer uses it), one that converts a module at a
+# time.
+CASES: list[tuple[int, str, bool, dict[str, Any]]] = [
+    (1, "bfloat16", True, {}),
+    (1, "float32", False, {}),
+    (2, "bfloat16", True, {"worker": "spawn"}),
+    (2, "float32", True, {"stage_bytes": 1}),
 ]
 IDS = [f"{tp_size}-{dtype}" for tp_size, dtype, *_ in CASES]
 
@@ -55,21 +56,27 @@ def _bits(answers: list[Any]) -> list[Any]:
     return [(answer["tokens"], answer["logprobs"]) for answer in answers]
 
 
-@pytest.mark.parametrize(("tp_size", "dtype", "eager", "worker"), CASES, ids=IDS)
+@pytest.mark.parametrize(("tp_size", "dtype", "eager", "settings"), CASES, ids=IDS)
 def test_engine_equals_a_fresh_one(
-    tp_size: int, dtype: str, eager: bool, worker: str, capsys: Any
+    tp_size: int, dtype: str, eager: bool, settings: dict[str, Any], capsys: Any
 ) -> None:
     options = {"dtype": dtype, "tensor_parallel_size": tp_size, "enforce_eager": eager}
-    with Cluster("" if worker == "daemon" else "[worker]\ndevices = []\n") as cluster:
+    with Cluster("[worker]\ndevices = []\n" if "worker" in settings else "") as cluster:
         engine = start_vllm(cluster, "engine", tp_size)
         try:
-            settings = {"model": MODEL, "worker": worker}
             start = engine.call(
-                "open", path=_save(cluster.folder, "other", 0), weightd=settings, **options
+                "open",
+                path=_save(cluster.folder, "other", 0),
+                weightd={"model": MODEL, **settings},
+                **options,
             )
-            counts = [worker["counts"] for worker in engine.call("call", method="weightd_state")]
+            workers = engine.call("call", method="weightd_state")
+            counts = [worker["counts"] for worker in workers]
+            stages = {worker["stages"] for worker in workers}
             with capsys.disabled():
-                print(f"\nvLLM tp={tp_size} {dtype}: {start['seconds']} s, {counts[0]}", flush=True)
+                told = f"{start['seconds']} s, {counts[0]}, stages {stages}"
+                print(f"\nvLLM tp={tp_size} {dtype}: {told}", flush=True)
+            assert min(stages) > 1 if "stage_bytes" in settings else max(stages) <= 1
             assert all(count["raw"] > 0 for count in counts)
             assert dtype == "bfloat16" or all(count["derived"] > 0 for count in counts)
             before = engine.call("generate", prompts=PROMPTS, count=TOKENS)

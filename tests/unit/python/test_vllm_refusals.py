@@ -61,4 +61,4 @@ def test_model_that_was_loaded_past_the_plug_in_is_refused() -> None:
         """No record of its post-load step exists."""
 
     with pytest.raises(errors.EngineError, match="post-load step was not seen: Model"):
-        parameters_of(Model())
+        parameters_of(Model(), 0)

@@ -26,6 +26,18 @@ def test_environment_wins_over_additional_config() -> None:
     assert (settings.address, settings.model, settings.engine) == ("unix:/b", "n", "f")
 
 
+def test_bytes_of_a_stage() -> None:
+    assert _read({}).stage_bytes == 256 << 20
+    config = {"weightd": {"stage_bytes": 1000}}
+    assert _read(config).stage_bytes == 1000
+    assert _read(config, WEIGHTD_STAGE_BYTES="2000").stage_bytes == 2000
+    for wrong in ({"weightd": {"stage_bytes": "1000"}}, {"weightd": {"stage_bytes": 1.5}}):
+        with pytest.raises(errors.LayoutError, match="wrong type"):
+            _read(wrong)
+    with pytest.raises(errors.LayoutError, match="WEIGHTD_STAGE_BYTES"):
+        _read({}, WEIGHTD_STAGE_BYTES="1k")
+
+
 def test_unknown_keys_and_wrong_types_are_refused() -> None:
     with pytest.raises(errors.LayoutError, match="did you mean address"):
         _read({"weightd": {"adress": "unix:/a"}})

@@ -1,17 +1,20 @@
 """The parameters of one vLLM worker as weightd sees them, and the conversion of derived ones.
 
 A raw parameter is lent as it is. A derived one that the post-load step left in place (it only made a
-copy of it) is lent as it is, too. Any other is received in a buffer of its loadable layout in shared
-memory; at commit vLLM's own post-load step makes the kernel's form out of it, one module at a time.
+copy of it) is lent as it is, too. Any other is received in a buffer of its loadable layout, stage by
+stage: vLLM's own post-load step makes the kernel's form out of what a stage has brought, one module
+at a time, before the next stage comes into the same memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 from weightd.errors import FAILED_PRECONDITION, EngineError
+from weightd.vllm.arena import Arena, number_stages, units_of
 from weightd.vllm.post_load import (
     LoadRecord,
     ModuleChange,
@@ -27,10 +30,11 @@ _OWN_USERS = 2  # of a storage, if nobody has it but a tensor and the storage ob
 
 @dataclass
 class Derived:
-    """A module that goes through its post-load step at every commit.
+    """A module that goes through its post-load step at every sync.
 
     Attributes:
         change: what that step did when the model was loaded.
+        stage: in which its buffers are filled; 0 if all of it is in place.
         staged: buffers in loadable layout, by attribute.
         read_later: an attention layer's step, which runs after its own, reads what it has filled.
         kernel: parameters, buffers and names of non-persistent buffers as the engine uses them.
@@ -40,6 +44,7 @@ class Derived:
     """
 
     change: ModuleChange
+    stage: int = 0
     staged: dict[str, Any] = field(default_factory=dict)
     read_later: bool = False
     kernel: tuple[dict[str, Any], dict[str, Any], set[str]] = field(
@@ -48,6 +53,11 @@ class Derived:
     read_only: Optional[set[str]] = None
     step_seconds: float = 0.0
 
+    def moved(self) -> list[TensorMark]:
+        """The parameters that the step did not leave in place, as they were before it."""
+        kept = self.change.kept
+        return [mark for key, mark in self.change.loadable.items() if key not in kept]
+
 
 class Parameters:
     """What one worker lends.
@@ -55,14 +65,17 @@ class Parameters:
     Attributes:
         pairs: (name, tensor) to lend, in the model's order, then what is listed only.
         kinds: "derived" and "opaque" parameters by name; all others are raw.
+        stages: of those that are received in a buffer, by name.
+        num_stages: how many there are.
     """
 
-    def __init__(self, model: Any, record: LoadRecord) -> None:
+    def __init__(self, model: Any, record: LoadRecord, stage_bytes: int) -> None:
         """Allocates the buffers.
 
         Args:
             model: after its post-load step.
             record: what that step did.
+            stage_bytes: that a stage brings at the most, unless one module has more.
 
         Raises:
             errors.EngineError: a module was changed in a way that cannot be repeated.
@@ -70,22 +83,20 @@ class Parameters:
         self._model = model
         self._hook = record.hook
         self._derived = [Derived(change) for change in record.changes if change.loadable]
-        filled = {id(derived.change.module) for derived in self._derived}
-        self._attention = [
-            change.module
-            for change in record.changes
-            if is_deferred_attention(change.module)
-            and any(id(part) in filled for part in change.module.modules())
-        ]
-        self._mark_read_later()
         self.kinds: dict[str, str] = {}
-        buffers = self._stage()
+        self.stages: dict[str, int] = {}
+        self.num_stages = 0
+        self._arena_bytes = 0
+        buffers = self._stage(stage_bytes)
+        self._attention = self._order_attention(record)
+        self._mark_read_later()
         self.pairs = self._collect(buffers, record.born)
 
     @property
-    def converts(self) -> bool:
-        """True if a commit has something to convert."""
-        return bool(self._derived) or self._hook
+    def finishes(self) -> bool:
+        """True if `finish` has something to do."""
+        in_place = any(derived.stage == 0 for derived in self._derived)
+        return in_place or self._hook or any(stage == 0 for stage, _ in self._attention)
 
     def counts(self) -> dict[str, int]:
         """Number of parameters of each kind."""
@@ -95,7 +106,7 @@ class Parameters:
         return counts
 
     def staged_bytes(self) -> int:
-        """Bytes of the buffers in loadable layout."""
+        """Bytes of the buffers in loadable layout, of all stages."""
         tensors = {id(t): t for d in self._derived for t in d.staged.values()}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -103,25 +114,42 @@ class Parameters:
         """Seconds that vLLM's own post-load steps took in the last sync."""
         return sum(derived.step_seconds for derived in self._derived)
 
-    def convert(self, model_config: Any) -> None:
-        """Runs the post-load step of everything that is derived, on what was received.
+    def arena_bytes(self) -> int:
+        """Bytes of the memory that the buffers share."""
+        return self._arena_bytes
+
+    def convert(self, model_config: Any, stage: int) -> None:
+        """Runs the post-load step of the modules whose buffers a stage has filled.
+
+        Args:
+            model_config: of vLLM.
+            stage: from 1; stages come in order.
+        """
+        self._process(model_config, stage)
+
+    def finish(self, model_config: Any) -> None:
+        """Runs what is left once every stage is converted: modules that are derived in place,
+        whatever reads them, and the model's own step.
 
         Args:
             model_config: of vLLM.
         """
-        import torch
-        from vllm.utils.torch_utils import set_default_torch_dtype
-
-        with torch.no_grad(), set_default_torch_dtype(model_config.dtype):
-            for derived in self._derived:
-                _convert_module(derived)
-            for module in self._attention:
-                self._process_attention(module, model_config.dtype)
-            if self._hook:
+        self._process(model_config, 0)
+        if self._hook:
+            with _default_dtype(model_config):
                 self._model.process_weights_after_loading()
 
+    def _process(self, model_config: Any, stage: int) -> None:
+        with _default_dtype(model_config):
+            for derived in self._derived:
+                if derived.stage == stage:
+                    _convert_module(derived)
+            for after, module in self._attention:
+                if after == stage:
+                    self._process_attention(module, model_config.dtype)
+
     def _mark_read_later(self) -> None:
-        readers = [part for module in self._attention for part in module.modules()]
+        readers = [part for _, module in self._attention for part in module.modules()]
         read = {id(part) for part in readers}
         for derived in self._derived:
             derived.read_later = id(derived.change.module) in read
@@ -140,12 +168,30 @@ class Parameters:
                 _copy_and_restore_kernel_tensors(derived.change.module, info)
                 info.reset()
 
-    def _stage(self) -> dict[str, Any]:
-        """Makes a buffer for every derived parameter that did not stay in place."""
-        import torch
+    def _order_attention(self, record: LoadRecord) -> list[tuple[int, Any]]:
+        """Attention layers whose step reads what derived modules hold, each with the stage after
+        which all of these are converted; 0 if some are so only at the end."""
+        stage_of = {id(derived.change.module): derived.stage for derived in self._derived}
+        layers = []
+        for change in record.changes:
+            if not is_deferred_attention(change.module):
+                continue
+            parts = [stage_of[id(p)] for p in change.module.modules() if id(p) in stage_of]
+            if parts:
+                layers.append((0 if 0 in parts else max(parts), change.module))
+        return layers
 
+    def _stage(self, stage_bytes: int) -> dict[str, Any]:
+        """Makes a buffer for every derived parameter that did not stay in place."""
         buffers: dict[str, Any] = {}
-        by_mark: dict[TensorMark, Any] = {}  # tied parameters share one
+        units = units_of([(derived, derived.moved()) for derived in self._derived])
+        self.num_stages = number_stages(units, stage_bytes)
+        for unit in units:
+            for derived in unit.owners:
+                derived.stage = unit.stage
+        arena = Arena(units)
+        self._arena_bytes = arena.size_bytes()
+        by_mark = dict(arena.buffers())  # tied parameters share one
         for derived in self._derived:
             change = derived.change
             module = change.module
@@ -160,13 +206,8 @@ class Parameters:
                 if attribute in change.kept:
                     continue
                 _check_repeatable(module, name, attribute, mark)
-                buffer = by_mark.get(mark)
-                if buffer is None:
-                    buffer = torch.empty_strided(
-                        mark.shape, mark.stride, dtype=mark.dtype, device=mark.device
-                    )
-                    by_mark[mark] = buffer
-                derived.staged[attribute] = buffers[name] = buffer
+                self.stages[name] = derived.stage
+                derived.staged[attribute] = buffers[name] = by_mark[mark]
         return buffers
 
     def _collect(self, buffers: dict[str, Any], born: set[str]) -> list[tuple[str, Any]]:
@@ -183,6 +224,16 @@ class Parameters:
         listed = [(name, tensor) for name, tensor in own_parameters(self._model) if name in born]
         self.kinds |= {name: "opaque" for name, _ in listed}
         return lent + listed
+
+
+@contextlib.contextmanager
+def _default_dtype(model_config: Any) -> Iterator[None]:
+    """The surroundings of vLLM's own post-load step."""
+    import torch
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with torch.no_grad(), set_default_torch_dtype(model_config.dtype):
+        yield
 
 
 def _check_repeatable(module: Any, name: str, attribute: str, mark: TensorMark) -> None:

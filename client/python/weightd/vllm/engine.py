@@ -2,8 +2,9 @@
 
 Life of a sync as one worker sees it: vLLM calls `start_weight_update` and `update_weights` on every
 worker; from then on nobody reads the parameters, and the worker's `weightd.EngineRank` answers the
-daemon's Prepare. The daemon's worker process writes the parameters; at Commit the thread that waits
-in `update_weights` converts what is derived; the daemon's outcome ends `update_weights`.
+daemon's Prepare. The daemon's worker process writes the parameters, derived ones stage by stage; the
+thread that waits in `update_weights` converts each stage before the next one is written, and the last
+at Commit; the daemon's outcome ends `update_weights`.
 
 vLLM's ``collective_rpc`` raises at the first rank that fails and leaves the other replies queued, so
 that no method here raises: the outcome travels through the daemon. A worker whose memory may be torn
@@ -16,7 +17,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -27,11 +28,12 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from weightd.engine import EngineRank
-from weightd.errors import Error, error_class
+from weightd.errors import Error
 from weightd.vllm import guard
 from weightd.vllm.convert import Parameters
 from weightd.vllm.model_facts import check_supported, coordinates, parameters_of, profile
-from weightd.vllm.settings import Settings, settings_of
+from weightd.vllm.rank_state import code, error_text, reason, refusal, summary
+from weightd.vllm.settings import settings_of
 from weightd.vllm.shadow import traced_layout
 
 logger = logging.getLogger("vllm.weightd")
@@ -61,6 +63,7 @@ class WeightdUpdateInfo(WeightTransferUpdateInfo):
 class _Job:
     """A conversion that the thread of the session has to run."""
 
+    work: Callable[[], None]
     done: bool = False
     error: Optional[Exception] = None
 
@@ -100,7 +103,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         self._closing = False
         self._idle_seen = 0
         self._torn = ""
-        self.parameters: Parameters = parameters_of(model)
+        self.parameters: Parameters = parameters_of(model, self._settings.stage_bytes)
         self._log_parameters()
         asked = self._settings.layout == "trace"
         self.rank = EngineRank(
@@ -111,6 +114,8 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             config=self.model_config.hf_config,
             params=self.parameters.pairs,
             kinds=self.parameters.kinds,
+            stages=self.parameters.stages,
+            convert=self._convert,
             profile=profile(),
             layout=traced_layout(vllm_config) if asked else None,
             prefer_layout=asked,
@@ -174,13 +179,13 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         self._agree()
         state = self.rank.state
         if state["registered"]:
-            logger.info("weightd: %s", _summary(self._settings, state))
-        elif _code(state) in _FINAL_CODES:
+            logger.info("weightd: %s", summary(self._settings, state))
+        elif code(state) in _FINAL_CODES:
             self.rank.close()
-            raise _refusal(state["error"])
+            raise refusal(state["error"])
         else:
             logger.warning(
-                "weightd: not registered yet, goes on in the background: %s", _error_text(state)
+                "weightd: not registered yet, goes on in the background: %s", error_text(state)
             )
 
     def _trace_if_needed(self) -> None:
@@ -189,7 +194,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         Raises:
             errors.LayoutError: the loader cannot be traced; vLLM's start fails.
         """
-        if self._settings.layout != "auto" or _reason(self.rank.state) not in _NO_RULE_FILE:
+        if self._settings.layout != "auto" or reason(self.rank.state) not in _NO_RULE_FILE:
             return
         try:
             layout = traced_layout(self.vllm_config)
@@ -201,7 +206,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         while True:
             self._run(_Session(starting=True))
             # Until the daemon has answered, the state is the refusal of the registration before.
-            if _reason(self.rank.state) not in _NO_RULE_FILE or time.monotonic() > deadline:
+            if reason(self.rank.state) not in _NO_RULE_FILE or time.monotonic() > deadline:
                 return
             time.sleep(_SLICE_SECONDS)
 
@@ -214,7 +219,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         seen = 0
         try:
             while True:
-                self._convert(session)
+                self._work(session)
                 attempt = session.attempt
                 why = self._over(session, attempt, time.monotonic() - begin)
                 if why is not None and self._end(session, attempt):
@@ -227,7 +232,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         state = self.rank.state
         self._idle_seen = state["idle"]["count"]
         if session.attempt:
-            self._torn = _error_text(state) if state["dirty"] else ""
+            self._torn = error_text(state) if state["dirty"] else ""
         if why:
             logger.warning("weightd: %s", why)
 
@@ -247,14 +252,14 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             if state["offered"]:
                 return None
             brought = not state["dirty"] and state["version"] == session.offered
-            return "" if brought else f"the sync brought no weights: {_error_text(state)}"
+            return "" if brought else f"the sync brought no weights: {error_text(state)}"
         if session.starting:
             return self._start_over(state, seconds)
         idle = state["idle"]
         if idle["count"] > self._idle_seen and idle["version"] == session.version:
             return "" if not idle["error"] else f"no weights came: {idle['error']['message']}"
         if not state["connected"] and seconds > _LOST_SECONDS:
-            return f"the daemon is gone: {_error_text(state)}"
+            return f"the daemon is gone: {error_text(state)}"
         if seconds > self._settings.update_timeout:
             return f"no sync of version {session.version} reached this engine in {seconds:.0f} s"
         return None
@@ -264,22 +269,22 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             return None
         if state["registered"] and state["idle"]["count"] > 0:
             return ""
-        if _code(state) in _FINAL_CODES:
+        if code(state) in _FINAL_CODES:
             return ""
         limit = self._settings.start_timeout
         if not state["connected"]:
             limit = self._settings.connect_timeout
         return "" if seconds > limit else None
 
-    def _convert(self, session: _Session) -> None:
-        """Runs the conversion that `_commit` waits for, if it waits for one."""
+    def _work(self, session: _Session) -> None:
+        """Runs the conversion that `_convert` or `_commit` waits for, if one does."""
         with self._cv:
             job = session.job
         if job is None or job.done:
             return
         try:
             with set_current_vllm_config(self.vllm_config):
-                self.parameters.convert(self.model_config)
+                job.work()
             self._synchronize()
         except Exception as error:  # becomes the outcome of this replica
             logger.exception("weightd: cannot convert derived parameters")
@@ -338,15 +343,26 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
                 if now["attempt"] != attempt or now["pending"] != "prepare":
                     raise RuntimeError("the sync ended before this engine was quiet")
 
-    def _commit(self) -> None:
-        """Has what is derived converted; returns when the engine would compute with the new weights.
+    def _convert(self, stage: int) -> None:
+        """Has a stage converted; returns when its buffers may be written again.
 
         Raises:
             Exception: what vLLM's post-load step raised.
         """
-        if not self.parameters.converts:
-            return
-        job = _Job()
+        self._have_done(lambda: self.parameters.convert(self.model_config, stage))
+
+    def _commit(self) -> None:
+        """Has the rest converted; returns when the engine would compute with the new weights.
+
+        Raises:
+            Exception: what vLLM's post-load step raised.
+        """
+        if self.parameters.finishes:
+            self._have_done(lambda: self.parameters.finish(self.model_config))
+
+    def _have_done(self, work: Callable[[], None]) -> None:
+        """Has the thread of the session work on the parameters."""
+        job = _Job(work)
         with self._cv:
             session = self._session
             if session is None:
@@ -364,36 +380,13 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
         counts = self.parameters.counts()
         opaque = sorted(name for name, kind in self.parameters.kinds.items() if kind == "opaque")
         logger.info(
-            "weightd: parameters: %d raw, %d derived (%.1f MB received in loadable layout), "
-            "%d opaque%s",
+            "weightd: parameters: %d raw, %d derived (%.1f MB received in loadable layout, in %d "
+            "stages through %.1f MB), %d opaque%s",
             counts["raw"],
             counts["derived"],
             self.parameters.staged_bytes() / 1e6,
+            self.parameters.num_stages,
+            self.parameters.arena_bytes() / 1e6,
             counts["opaque"],
             f" ({', '.join(opaque)})" if opaque else "",
         )
-
-
-def _summary(settings: Settings, state: dict[str, Any]) -> str:
-    version = state["version"]
-    held = f"holds version {version}" if version else "holds no version yet; not ready"
-    why = f": {_error_text(state)}" if state["error"] else ""
-    return f"engine {settings.engine} of model {settings.model} {held}{why}"
-
-
-def _code(state: dict[str, Any]) -> int:
-    return state["error"]["code"] if state["error"] else 0
-
-
-def _reason(state: dict[str, Any]) -> str:
-    return state["error"]["reason"] if state["error"] else ""
-
-
-def _error_text(state: dict[str, Any]) -> str:
-    return state["error"]["message"] if state["error"] else "no reason was given"
-
-
-def _refusal(error: dict[str, Any]) -> Error:
-    fields = {k: error[k] for k in ("reason", "tensor", "rank", "phase", "peer", "remedy")}
-    kind = error_class(error["code"], error["reason"])
-    return kind(error["message"], code=error["code"], **fields)

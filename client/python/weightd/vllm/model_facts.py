@@ -66,11 +66,12 @@ def check_supported(vllm_config: Any) -> None:
             raise _refusal(what, remedy)
 
 
-def parameters_of(model: Any) -> Parameters:
+def parameters_of(model: Any, stage_bytes: int) -> Parameters:
     """The parameters that this worker lends.
 
     Args:
         model: as vLLM has loaded it.
+        stage_bytes: see `Parameters`.
 
     Raises:
         errors.EngineError: the model was loaded past the plug-in, or in another memory.
@@ -82,7 +83,7 @@ def parameters_of(model: Any) -> Parameters:
             'use a load format that runs it, e.g. load_format="auto" or "dummy", and do not leave '
             "weightd out of VLLM_PLUGINS",
         )
-    return Parameters(model, record)
+    return Parameters(model, record, stage_bytes)
 
 
 def profile() -> str:

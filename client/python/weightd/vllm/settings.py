@@ -27,6 +27,9 @@ class Settings:
             ``"trace"`` always, ``"rules"`` never.
         worker: ``"spawn"`` lets a vLLM worker start weightd's worker of its device where the daemon
             does not serve it; ``WEIGHTD_WORKER`` wins.
+        stage_bytes: most bytes of derived parameters that a sync brings at a time, and so of memory
+            that they need beside the model; one module's, if it has more; ``WEIGHTD_STAGE_BYTES``
+            wins. An engine that needs several stages cannot catch up from another one.
         quiesce_timeout: seconds that a sync waits for ``update_weights``; below the daemon's
             deadline of Prepare, so that the reason is told.
         update_timeout: seconds that ``update_weights`` waits for the sync to reach this engine.
@@ -39,6 +42,7 @@ class Settings:
     engine: str = ""
     layout: str = "auto"
     worker: str = "daemon"
+    stage_bytes: int = 256 << 20
     quiesce_timeout: float = 12.0
     update_timeout: float = 60.0
     connect_timeout: float = 3.0
@@ -69,12 +73,14 @@ def read_settings(
                 reason="CONFIG",
                 remedy=f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}",
             )
-        wanted = (int, float) if key.endswith("_timeout") else str
+        wanted: Any = (int, float) if key.endswith("_timeout") else str
+        if key == "stage_bytes":
+            wanted = int
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise layout_error(
                 f"wrong type in additional_config of vLLM: {_KEY}.{key}={value!r}",
                 reason="CONFIG",
-                remedy="seconds are numbers, names and addresses are text",
+                remedy="seconds and bytes are numbers, names and addresses are text",
             )
     values = {"model": served_model_name, "engine": f"vllm-{instance_id}", **given}
     for key in ("address", "model", "engine", "worker"):
@@ -88,7 +94,19 @@ def read_settings(
                 reason="CONFIG",
                 remedy=f"use one of {', '.join(choices)}",
             )
+    if environment.get("WEIGHTD_STAGE_BYTES"):
+        values["stage_bytes"] = _bytes_from(environment["WEIGHTD_STAGE_BYTES"])
     return Settings(**values)
+
+
+def _bytes_from(text: str) -> int:
+    if text.isdecimal():
+        return int(text)
+    raise layout_error(
+        f"WEIGHTD_STAGE_BYTES is no number: {text!r}",
+        reason="CONFIG",
+        remedy="set it to a number of bytes, or leave it out",
+    )
 
 
 def settings_of(vllm_config: Any) -> Settings:
