@@ -112,9 +112,9 @@ class Transport {
   virtual StatusOr<uint64_t> DigestShard(const BoundPlan& plan, uint32_t rank, uint32_t tensor,
                                          uint32_t shard, RunControl& control) = 0;
 
-  /// Catch-up: copies all raw parameters of targets[target] from a peer's, one binding each, and
-  /// compares what landed with its source. Blocks. \error as Transfer; DATA_LOSS VERIFY_MISMATCH
-  /// naming the parameter; UNIMPLEMENTED if host_memory()
+  /// Catch-up: copies all raw and derived parameters of targets[target] from a peer's, one binding
+  /// each, and compares what landed with its source. Blocks. \error as Transfer; DATA_LOSS
+  /// VERIFY_MISMATCH naming the parameter; UNIMPLEMENTED if host_memory()
   virtual Status CopyParams(const BoundPlan& plan, size_t target, std::span<const Binding> from,
                             RunControl& control);
   /// True if the bound memory can be read and written by the host, which then does catch-up itself.

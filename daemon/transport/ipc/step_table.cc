@@ -150,7 +150,7 @@ StatusOr<StepTable> BuildVerifyTable(const StepBinder& binder) {
 
 namespace {
 
-/// Adds every raw parameter by `add`, which gets its position and a block of its shape.
+/// Adds every raw and derived parameter by `add`, which gets its position and a block of its shape.
 template <typename Add>
 Status AddParams(const StepBinder& binder, StepTable* table, cuda::BoxTableBuilder* builder,
                  Add&& add) {
@@ -158,7 +158,7 @@ Status AddParams(const StepBinder& binder, StepTable* table, cuda::BoxTableBuild
   StepWindow window;
   for (uint32_t i = 0; i < layout.params.size(); ++i) {
     const ParamInfo& param = layout.params[i];
-    if (param.kind != ParamKind::kRaw || !param.alias_of.empty()) continue;
+    if (param.kind == ParamKind::kOpaque || !param.alias_of.empty()) continue;
     const Status added =
         add(i, param, host::DigestPosition{i, param.shape, Dims::Filled(param.shape.size(), 0)});
     if (!added.ok()) return binder.Fail(added, param.name);

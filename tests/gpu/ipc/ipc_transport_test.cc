@@ -29,7 +29,7 @@ void Describe(PlanFixture* fixture) {
   fixture->AddWrite(q, WholeBox({64, 96}), qk, {0, 0}, {0, 1});
   fixture->AddWrite(k, WholeBox({30, 96}), qk, {64, 0}, {0, 1});
   fixture->AddZeroFill(qk, {{94, 0}, {2, 96}});
-  const uint32_t turned = fixture->AddParam("turned", {70, 50});
+  const uint32_t turned = fixture->AddParam("turned", {70, 50}, ParamKind::kDerived);
   fixture->AddWrite(t, WholeBox({50, 70}), turned, {0, 0}, {1, 0});
   const uint32_t slice = fixture->AddParam("slice", {1000, 1024});
   fixture->AddWrite(large, {{0, 1024}, {1000, 1024}}, slice, {0, 0}, {0, 1});
