@@ -32,6 +32,7 @@ _LATENT = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
 }
 CASES = {
     "llama-bf16": ("llama", "bfloat16", {}),
