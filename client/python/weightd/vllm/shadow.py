@@ -7,10 +7,11 @@ touched.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
-from typing import Any
+from typing import Any, Iterator
 
 from weightd.errors import layout_error
 from weightd.traced import TracedLayout
@@ -31,7 +32,8 @@ def traced_layout(vllm_config: Any) -> TracedLayout:
     from weightd.trace_hf import meta_model, trace_model
 
     begin = time.monotonic()
-    source = meta_model(copy.deepcopy(vllm_config.model_config.hf_config))
+    with apart(vllm_config):  # vLLM's Transformers backend wraps transformers' own classes
+        source = meta_model(copy.deepcopy(vllm_config.model_config.hf_config))
     twin = _twin(vllm_config)
     layout = trace_model(twin.load_weights, twin.named_parameters(), source)
     logger.info(
@@ -45,6 +47,23 @@ def traced_layout(vllm_config: Any) -> TracedLayout:
         len(layout.skipped),
     )
     return layout
+
+
+@contextlib.contextmanager
+def apart(vllm_config: Any) -> Iterator[Any]:
+    """A copy of a configuration as the current one: layers enter themselves into it by name.
+
+    Args:
+        vllm_config: of the running model; keeps its layers.
+    """
+    from vllm.config import set_current_vllm_config
+
+    own = copy.copy(vllm_config)
+    own.compilation_config = copy.copy(vllm_config.compilation_config)
+    own.compilation_config.static_forward_context = {}
+    own.compilation_config.static_all_moe_layers = []
+    with set_current_vllm_config(own):
+        yield own
 
 
 def _twin(vllm_config: Any) -> Any:
@@ -65,15 +84,9 @@ def _twin(vllm_config: Any) -> Any:
 
 def _build(vllm_config: Any, device: str) -> Any:
     import torch
-    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    # Layers enter themselves by name into the configuration that they are built with.
-    own = copy.copy(vllm_config)
-    own.compilation_config = copy.copy(vllm_config.compilation_config)
-    own.compilation_config.static_forward_context = {}
-    own.compilation_config.static_all_moe_layers = []
     dtype = vllm_config.model_config.dtype
-    with set_current_vllm_config(own), set_default_torch_dtype(dtype), torch.device(device):
+    with apart(vllm_config) as own, set_default_torch_dtype(dtype), torch.device(device):
         return initialize_model(vllm_config=own)
