@@ -85,6 +85,11 @@ class Probe:
         """Seconds that vLLM's own post-load steps took in the last sync."""
         return self.weight_transfer_engine.parameters.step_seconds()
 
+    def weightd_shared_files(self) -> list[str]:
+        """Files in shared memory through which the ranks of this engine talk."""
+        identity = os.environ.get("VLLM_DIST_IDENT", "none")
+        return [str(path) for path in Path("/dev/shm").glob(f"{identity}-*")]
+
     def weightd_kill(self, rank: int) -> None:
         """Kills the worker of that rank."""
         if self.rank == rank:  # type: ignore[attr-defined]
@@ -132,20 +137,16 @@ def _attributes(
 
 def _load_beside(vllm_config: Any, path: str) -> torch.nn.Module:
     """A second model of this worker, loaded as vLLM loads one at its start."""
-    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import (
         initialize_model,
         process_weights_after_loading,
     )
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    # Layers enter themselves by name into the configuration that they are built with.
-    own = copy.copy(vllm_config)
-    own.compilation_config = copy.copy(vllm_config.compilation_config)
-    own.compilation_config.static_forward_context = {}
-    own.compilation_config.static_all_moe_layers = []
+    from weightd.vllm.shadow import apart
+
     model_config = vllm_config.model_config
-    with set_current_vllm_config(own), set_default_torch_dtype(model_config.dtype):
+    with apart(vllm_config) as own, set_default_torch_dtype(model_config.dtype):
         with torch.device("cpu"):
             model = initialize_model(vllm_config=own)
         model.load_weights(_tensors(Path(path)))

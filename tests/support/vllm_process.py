@@ -13,7 +13,8 @@ import os
 import sys
 import time
 import traceback
-from typing import Any, Callable, Optional
+from pathlib import Path
+from typing import IO, Any, Callable, Optional
 
 
 class Engine:
@@ -22,6 +23,7 @@ class Engine:
     def __init__(self, address: str) -> None:
         self._address = address
         self._llm: Any = None
+        self._shared: set[str] = set()  # files of its ranks, which vLLM leaves behind
 
     def open(self, path: str, weightd: Optional[dict[str, Any]], **options: Any) -> dict[str, Any]:
         """Starts vLLM.
@@ -49,7 +51,9 @@ class Engine:
             max_num_seqs=4,
             **{"enforce_eager": True, **options, **more},
         )
-        return {"seconds": round(time.monotonic() - begin, 1)}
+        seconds = round(time.monotonic() - begin, 1)
+        self._shared = {path for part in self.call("weightd_shared_files") for path in part}
+        return {"seconds": seconds}
 
     def generate(self, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
         """Greedy tokens of each prompt, one prompt at a time, with the bits of their
@@ -100,22 +104,33 @@ class Engine:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+        for path in self._shared:
+            Path(path).unlink(missing_ok=True)
+
+
+def serve(address: str, requests: IO[str], answers: IO[str]) -> None:
+    """Serves requests until the input ends."""
+    engine = Engine(address)
+    for line in requests:
+        request = json.loads(line)
+        name = request.pop("operation")
+        operation: Callable[..., Any] = getattr(engine, name)
+        begin = time.monotonic()
+        try:
+            answer = {"value": operation(**request)}
+        except Exception:  # the caller shows it
+            answer = {"error": traceback.format_exc()}
+        seconds = time.monotonic() - begin
+        print(f"{name} {request.get('method', '')}: {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
+    engine.close()
 
 
 def main() -> None:
-    """Serves requests until the input ends."""
+    """Serves standard input."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
-        engine = Engine(sys.argv[1])
-        for line in sys.stdin:
-            request = json.loads(line)
-            operation: Callable[..., Any] = getattr(engine, request.pop("operation"))
-            try:
-                answer = {"value": operation(**request)}
-            except Exception:  # the caller shows it
-                answer = {"error": traceback.format_exc()}
-            print(json.dumps(answer), file=answers, flush=True)
-        engine.close()
+        serve(sys.argv[1], sys.stdin, answers)
 
 
 if __name__ == "__main__":
