@@ -68,7 +68,7 @@ class TinyModel:
         served_as: architecture in the checkpoint's config.json, if another name.
         founding: one of those that verl's DTensor loaders knew.
         experts: has expert layers, which expert parallelism can spread.
-        refused: what vLLM 0.32 says instead of running it, by TP size; empty if it runs.
+        refused: what vLLM 0.32 says instead of running it, by TP size, as a regular expression.
         unstable: its tokens differ between two fresh starts: bytes only.
     """
 
@@ -86,7 +86,9 @@ class TinyModel:
         return self.served_as or self.architecture
 
 
-_GONE = "has been removed|was supported|no longer supported|not supported"
+_GONE = "was supported in vLLM until"
+# Without and with AMX.
+_MULTIPLIED = r"mat1 and mat2 shapes cannot be multiplied|CHECK_EQ\(mat1\.size"
 MODELS: dict[str, TinyModel] = {
     # The fourteen founding architectures.
     "gpt2": TinyModel("GPT2LMHeadModel", _GPT, founding=True),
@@ -118,7 +120,7 @@ MODELS: dict[str, TinyModel] = {
         "GPTBigCodeForCausalLM",
         {**_GPT, "multi_query": False},
         founding=True,
-        refused={2: "mat1 and mat2 shapes cannot be multiplied"},
+        refused={2: _MULTIPLIED},
     ),
     "starcoder2": TinyModel(
         "Starcoder2ForCausalLM", {**_BASE, "tie_word_embeddings": True}, founding=True
