@@ -63,7 +63,7 @@ class Inbox {
   }
 
   bool Take(const Copy& copy) {
-    const RankLayout& layout = input_.layouts[target_];
+    const RankLayout& layout = *input_.layouts[target_];
     const Write& write = layout.writes[copy.write];
     if (write.zero_fill) return false;
     const std::string& source = input_.source_devices[copy.source_rank];

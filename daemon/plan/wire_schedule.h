@@ -78,7 +78,7 @@ std::vector<std::string> WireDevices(const WirePairs& pairs);
 /// What a schedule follows from. `plans` are whole, as EnumerateRank gives them.
 struct WireInput {
   std::span<const RankPlan> plans;              ///< per engine rank
-  std::span<const RankLayout> layouts;          ///< per engine rank
+  std::span<const RankLayout* const> layouts;   ///< per engine rank
   std::span<const std::string> source_devices;  ///< per actor rank
   std::span<const std::string> target_devices;  ///< per engine rank
   const WirePairs& pairs;

@@ -3,16 +3,20 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "daemon/base/status.h"
 #include "daemon/device/segment.h"
-#include "daemon/transport/transport.h"
+#include "daemon/worker/worker_core.h"
 
 namespace weightd {
 
 struct DevicePlane {
   std::shared_ptr<SegmentMapper> mapper;  ///< shared with the member table's options
-  std::unique_ptr<Transport> transport;
+  WorkerCore::Transports transports;
+  uint32_t nccl_version = 0;       ///< 0: none
+  std::string nccl_problem;        ///< why
+  std::vector<std::string> peers;  ///< GPUs whose memory this one can access
 };
 
 /// The plane of a device: "host", "host.N" or the UUID of a GPU. For a GPU this makes its context

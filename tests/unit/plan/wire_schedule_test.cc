@@ -58,7 +58,9 @@ struct Random {
   }
 
   WireSchedule Of(const std::string& device) const {
-    return ScheduleWire({plans, layouts, source_devices, target_devices, pairs, wire_bytes},
+    std::vector<const RankLayout*> pointers;
+    for (const RankLayout& layout : layouts) pointers.push_back(&layout);
+    return ScheduleWire({plans, pointers, source_devices, target_devices, pairs, wire_bytes},
                         device);
   }
 

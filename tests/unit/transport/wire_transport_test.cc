@@ -163,9 +163,11 @@ Status RunDevice(World& world, Params& params, const std::string& device, const 
     const bool mine = world.target_devices[i] == device;
     plans.push_back(mine ? OwnCopies(world.whole[i], world.layouts[i], own, true) : RankPlan());
   }
-  const WireSchedule schedule = ScheduleWire({world.whole, world.layouts, world.source_devices,
-                                              world.target_devices, world.pairs, wire_bytes},
-                                             device);
+  std::vector<const RankLayout*> layouts;
+  for (const RankLayout& layout : world.layouts) layouts.push_back(&layout);
+  const WireSchedule schedule = ScheduleWire(
+      {world.whole, layouts, world.source_devices, world.target_devices, world.pairs, wire_bytes},
+      device);
   const BoundPlan bound = Bind(world, params, plans, device);
   const std::atomic<bool> cancelled{false};
   RunControl control;
