@@ -18,22 +18,10 @@
 namespace weightd {
 namespace {
 
-#if WEIGHTD_HAS_NCCL
-/// NCCL tells machines apart by this: two workers of one GPU, which it would refuse, are two
-/// machines to it, and talk over TCP.
-void NameHost([[maybe_unused]] const std::string& device) {
-#ifdef WEIGHTD_FAILPOINTS
-  if (GpuOf(device) != device) ::setenv("NCCL_HOSTID", device.c_str(), 1);
-#endif
-}
-#endif
-
 #if WEIGHTD_HAS_CUDA
 /// Without NCCL the worker goes on, and says why it takes part in no wire.
-Status AddWires([[maybe_unused]] const std::string& device, [[maybe_unused]] cuda::DeviceId ordinal,
-                DevicePlane* plane) {
+Status AddWires([[maybe_unused]] cuda::DeviceId ordinal, DevicePlane* plane) {
 #if WEIGHTD_HAS_NCCL
-  NameHost(device);
   const StatusOr<const NcclLibrary*> nccl = LoadNccl();
   if (!nccl.ok()) {
     plane->nccl_problem = Message(nccl.status());
@@ -58,7 +46,7 @@ StatusOr<DevicePlane> MakeGpuPlane(const std::string& device) {
   plane.mapper = std::make_shared<cuda::CudaSegmentMapper>(context);
   WEIGHTD_ASSIGN_OR_RETURN(plane.transports.direct,
                            IpcTransport::Create(cuda::DeviceId{context->ordinal()}));
-  WEIGHTD_RETURN_IF_ERROR(AddWires(device, cuda::DeviceId{context->ordinal()}, &plane));
+  WEIGHTD_RETURN_IF_ERROR(AddWires(cuda::DeviceId{context->ordinal()}, &plane));
   WEIGHTD_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                            cuda::ListDevices(context->driver()));
   for (const std::string& other : all) {
@@ -73,6 +61,17 @@ StatusOr<DevicePlane> MakeGpuPlane(const std::string& device) {
 }
 
 }  // namespace
+
+void PrepareEnvironment([[maybe_unused]] const std::string& device) {
+  ::setenv("NCCL_NVLS_ENABLE", "0", 1);
+#ifdef WEIGHTD_FAILPOINTS
+  // NCCL tells machines apart by this: two workers of one GPU, which it would refuse, are two
+  // machines to it, and talk over TCP.
+  if (IsGpuDevice(device) && GpuOf(device) != device) {
+    ::setenv("NCCL_HOSTID", device.c_str(), 1);
+  }
+#endif
+}
 
 StatusOr<DevicePlane> MakeDevicePlane(const std::string& device, int num_threads) {
   if (!device.starts_with("host")) return MakeGpuPlane(device);

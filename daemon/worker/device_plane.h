@@ -19,6 +19,10 @@ struct DevicePlane {
   std::vector<std::string> peers;  ///< GPUs whose memory this one can access
 };
 
+/// Sets what NCCL reads from the environment: no multicast objects on a shared machine. \pre no
+/// other thread is running
+void PrepareEnvironment(const std::string& device);
+
 /// The plane of a device: "host", "host.N" or the UUID of a GPU. For a GPU this makes its context
 /// in this process. `num_threads` copy on the host; 0: as many as the process may use. \error
 /// UNIMPLEMENTED DEVICE for a GPU if this build has no GPU data plane \error NOT_FOUND DEVICE for

@@ -146,6 +146,7 @@ int RunWorker(const WorkerOptions& options) {
   if (options.owner_fd >= 0) CloseInherited(options.owner_fd);
   InitLog(options.log_level, options.log_format, "worker " + options.device);
   const pid_t parent = ::getppid();
+  PrepareEnvironment(options.device);
   HandleSignals();
   ::prctl(PR_SET_PDEATHSIG, SIGTERM);
   if (::getppid() != parent) {

@@ -73,10 +73,10 @@ def engine_processes(cluster: Cluster) -> list[EngineProcess]:
     return [cluster.start_engines(f"engines{i}") for i in range(2)]
 
 
-@pytest.fixture(scope="module")
-def bare_cluster() -> Iterator[Cluster]:
+@pytest.fixture(params=("auto", "wire"))
+def bare_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A daemon without a worker of its own."""
-    with Cluster("[worker]\ndevices = []\n") as running:
+    with Cluster(f'[worker]\ndevices = []\npath = "{request.param}"\n') as running:
         yield running
 
 

@@ -2,8 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <cstdlib>
-
 namespace weightd {
 namespace {
 
@@ -11,7 +9,6 @@ constexpr char kRemedy[] =
     "install NCCL 2.28 (libnccl.so.2), or name its folder in LD_LIBRARY_PATH of the daemon";
 
 StatusOr<NcclLibrary> Load() {
-  ::setenv("NCCL_NVLS_ENABLE", "0", 1);
   void* const handle = ::dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {
     return Error(StatusCode::kNotFound, reason::kNoPath, kRemedy, "NCCL cannot be loaded: {}",

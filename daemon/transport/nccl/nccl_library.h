@@ -30,8 +30,7 @@ struct NcclLibrary {
   Status ToStatus(ncclResult_t result, std::string_view what, ncclComm_t comm) const;
 };
 
-/// libnccl.so.2, loaded once; sets NCCL_NVLS_ENABLE=0 first, so that no multicast object is made on
-/// a shared machine. The same object every time. \pre no other thread reads the environment
+/// libnccl.so.2, loaded once. The same object every time.
 /// \error NOT_FOUND NO_PATH with the loader's reason
 StatusOr<const NcclLibrary*> LoadNccl();
 
