@@ -18,7 +18,10 @@ std::vector<uint64_t> KeyOf(const BoundPlan& plan, const std::byte* ring) {
   if (plan.id == 0) return key;
   key = {plan.id, reinterpret_cast<uintptr_t>(ring)};
   key.insert(key.end(), plan.registrations.begin(), plan.registrations.end());
-  for (const BoundTarget& target : plan.targets) key.push_back(target.registration);
+  for (const BoundTarget& target : plan.targets) {
+    key.push_back(target.registration);
+    key.push_back(target.round);
+  }
   return key;
 }
 
