@@ -83,6 +83,10 @@ std::string RenderPlan(const v1::GetPlanResponse& plan, bool with_boxes, const T
                       HumanBytes(plan.total_bytes()), HumanCount(plan.windows()),
                       HumanTime(static_cast<uint64_t>(plan.predicted_seconds() * 1e6)));
   if (!plan.prediction_basis().empty()) text += " (" + Printable(plan.prediction_basis()) + ")";
+  if (plan.staging_bytes() > 0) {
+    text += fmt::format("\nstaging of what is sent: at most {} of each device, beside NCCL's own",
+                        HumanBytes(plan.staging_bytes()));
+  }
   text += "\n" + RenderPairs(plan, style);
   text += with_boxes || style.wide ? RenderBoxes(plan, style) : RenderTensors(plan, style);
   const auto listed = static_cast<uint32_t>(plan.tensors_size());

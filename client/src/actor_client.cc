@@ -231,7 +231,7 @@ std::vector<ActorClient::Request> ActorClient::Registration() {
   last->set_table_digest(digest.data(), digest.size());
   last->set_num_tensors(static_cast<uint32_t>(registration_->table.size()));
   last->set_staged(registration_->staged);
-  const std::string& gpu = registration_->segments.cuda().device();
+  const std::string gpu = registration_->segments.cuda().worker_device();
   last->set_device(gpu.empty() ? identity_.device : gpu);
   return requests;
 }

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 #include "client/src/segments.h"
@@ -102,6 +103,14 @@ StatusOr<CudaSegment> CudaSegmentSet::Describe(DevicePtr address) {
   WEIGHTD_RETURN_IF_ERROR(legacy != 0 ? DescribeAllocation(address, &segment)
                                       : DescribePiece(address, &segment));
   return segment;
+}
+
+std::string CudaSegmentSet::worker_device() const {
+#ifdef WEIGHTD_FAILPOINTS
+  const char* const number = std::getenv("WEIGHTD_TEST_GPU_WORKER");
+  if (number != nullptr && !device_.empty()) return device_ + "." + number;
+#endif
+  return device_;
 }
 
 Status CudaSegmentSet::DescribeDevice(DevicePtr address, CudaSegment* segment) {

@@ -61,6 +61,9 @@ class CudaSegmentSet {
   bool empty() const { return segments_.empty() && allocations_.empty(); }
   /// UUID of the GPU; empty while nothing was added.
   const std::string& device() const { return device_; }
+  /// The device whose worker the memory is lent to: device(), empty likewise. In builds with
+  /// failpoints WEIGHTD_TEST_GPU_WORKER=N names another worker of the same GPU, "GPU-<uuid>.N".
+  std::string worker_device() const;
   cuda::DeviceOrdinal ordinal() const { return ordinal_; }
 
   /// OK while every ordinary allocation still is the one that was added. About a microsecond each.

@@ -150,7 +150,7 @@ std::vector<EngineClient::Request> EngineClient::Registration() {
   last->set_config_json(identity_.config_json);
   last->set_num_params(static_cast<uint32_t>(registration_->params.size()));
   last->set_commit_mode(identity_.commit_mode);
-  const std::string& gpu = registration_->segments.cuda().device();
+  const std::string gpu = registration_->segments.cuda().worker_device();
   last->set_device(gpu.empty() ? identity_.device : gpu);
   return requests;
 }

@@ -28,9 +28,16 @@ bool IsHostDevice(std::string_view device) {
 bool IsGpuDevice(std::string_view device) {
   constexpr std::string_view kPrefix = "GPU-";
   constexpr size_t kUuid = 36;
+#ifdef WEIGHTD_FAILPOINTS
+  const std::string_view name = GpuOf(device);
+  if (name != device && !IsNumber(device.substr(name.size() + 1))) return false;
+  device = name;
+#endif
   return device.size() == kPrefix.size() + kUuid && device.starts_with(kPrefix) &&
          device.find_first_not_of("0123456789abcdef-", kPrefix.size()) == std::string_view::npos;
 }
+
+std::string_view GpuOf(std::string_view device) { return device.substr(0, device.find('.')); }
 
 std::string_view Name(Path path) {
   switch (path) {
@@ -40,6 +47,8 @@ std::string_view Name(Path path) {
       return "ipc";
     case Path::kNccl:
       return "nccl";
+    case Path::kSocket:
+      return "socket";
     case Path::kPull:
       return "pull";
   }
@@ -51,29 +60,58 @@ BuiltPaths ThisBuild() {
 #if WEIGHTD_HAS_CUDA
   built.ipc = true;
 #endif
+#if WEIGHTD_HAS_NCCL
+  built.nccl = true;
+#endif
   return built;
 }
 
-StatusOr<PathChoice> ChoosePath(const Place& source, const Place& target, const BuiltPaths& built) {
-  constexpr std::string_view kBuild = "use a build of weightd that has the path";
+namespace {
+
+constexpr char kAlwaysWire[] = "worker.path is \"wire\"";
+constexpr char kBuildRemedy[] = "use a build of weightd that has the path";
+
+bool CanAccess(const PathPolicy& policy, const Place& source, const Place& target) {
+  const auto peers = policy.peers.find(std::string(GpuOf(source.device)));
+  return peers == policy.peers.end() || GpuOf(source.device) == GpuOf(target.device) ||
+         peers->second.contains(std::string(GpuOf(target.device)));
+}
+
+StatusOr<PathChoice> ChooseForGpus(const Place& source, const Place& target,
+                                   const BuiltPaths& built, const PathPolicy& policy) {
+  const bool same = source.device == target.device;
+  const bool access = CanAccess(policy, source, target);
+  if (built.ipc && (same || (access && !policy.always_wire))) {
+    return PathChoice{Path::kIpc, same ? "same GPU" : "peer GPUs of this host"};
+  }
+  const char* const why = policy.always_wire ? kAlwaysWire
+                          : access           ? "GPUs without mapped peer memory"
+                                             : "these GPUs cannot access each other's memory";
+  if (built.nccl) return PathChoice{Path::kNccl, why};
+  if (built.ipc) return NoPath(source, target, why, "use a build of weightd that has NCCL");
+  return NoPath(source, target, "this build moves host memory only", kBuildRemedy);
+}
+
+}  // namespace
+
+StatusOr<PathChoice> ChoosePath(const Place& source, const Place& target, const BuiltPaths& built,
+                                const PathPolicy& policy) {
   if (!target.mappable || !source.mappable) {
     const std::string& device = target.mappable ? source.device : target.device;
     if (built.pull) return PathChoice{Path::kPull, "memory of " + device + " cannot be mapped"};
-    return NoPath(source, target, "memory of " + device + " cannot be mapped", kBuild);
+    return NoPath(source, target, "memory of " + device + " cannot be mapped", kBuildRemedy);
   }
   if (IsHostDevice(source.device) && IsHostDevice(target.device)) {
+    if (policy.always_wire && source.device != target.device) {
+      return PathChoice{Path::kSocket, kAlwaysWire};
+    }
     return PathChoice{Path::kShm, "both in host memory of this host"};
   }
   if (!IsGpuDevice(source.device) || !IsGpuDevice(target.device)) {
     return NoPath(source, target, "one is host memory, the other a GPU's",
                   "keep the weights of trainer and engine in memory of one kind");
   }
-  if (built.ipc) {
-    const bool same = source.device == target.device;
-    return PathChoice{Path::kIpc, same ? "same GPU" : "peer GPUs of this host"};
-  }
-  if (built.nccl) return PathChoice{Path::kNccl, "GPUs without mapped peer memory"};
-  return NoPath(source, target, "this build moves host memory only", kBuild);
+  return ChooseForGpus(source, target, built, policy);
 }
 
 Status CheckServed(std::string_view device) {
@@ -87,19 +125,26 @@ Status CheckServed(std::string_view device) {
 
 std::vector<WorkerShare> ShareWork(const CompiledPlan& plan,
                                    std::span<const std::string> source_devices,
-                                   std::span<const std::string> target_devices) {
+                                   std::span<const std::string> target_devices,
+                                   const WirePairs& wire_pairs) {
   std::map<std::string, WorkerShare> shares;
   for (const std::string& device : source_devices) shares[device];
   for (const std::string& device : target_devices) shares[device];
   for (uint32_t target = 0; target < target_devices.size(); ++target) {
     const std::string& own = target_devices[target];
     shares[own].verifies.push_back(target);
-    std::map<std::string, bool> writes;
+    std::map<std::string, bool> stores;  // false: only sends
     for (size_t actor = 0; actor < source_devices.size(); ++actor) {
-      if (plan.pair(actor, target).boxes > 0) writes[source_devices[actor]] = true;
+      if (plan.pair(actor, target).boxes == 0) continue;
+      const bool wire = wire_pairs.contains({source_devices[actor], own});
+      stores.try_emplace(source_devices[actor], !wire);
+      if (wire) stores[own] = true;  // it receives
     }
-    if (plan.ranks[target].zero_fill_bytes > 0 || writes.empty()) writes[own] = true;
-    for (const auto& [device, yes] : writes) shares[device].writes.push_back(target);
+    if (plan.ranks[target].zero_fill_bytes > 0 || stores.empty()) stores[own] = true;
+    for (const auto& [device, yes] : stores) {
+      shares[device].writes.push_back(target);
+      if (yes) shares[device].stores.push_back(target);
+    }
   }
   std::vector<WorkerShare> list;
   for (auto& [device, share] : shares) {

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "daemon/plan/copy_split.h"
 #include "daemon/plan/transfer_plan.h"
 
 namespace weightd {
@@ -20,15 +21,6 @@ struct WritesByParam {
   }
 };
 
-uint64_t Elements(const Box& box) { return static_cast<uint64_t>(box.num_elements()); }
-
-/// Outermost dimension that can be cut; num_dims() if there is none.
-int OuterDim(const Box& box) {
-  int dim = 0;
-  while (dim < box.num_dims() && box.extent[dim] == 1) ++dim;
-  return dim;
-}
-
 /// Appends the copies of one write to a list, in parts if a copy does not fit a window.
 class WriteLister {
  public:
@@ -41,7 +33,7 @@ class WriteLister {
     copy_.target = write_.target;
   }
 
-  void ListZeroFill() { Split(copy_, Elements(copy_.target) * element_); }
+  void ListZeroFill() { Split(copy_); }
 
   /// Adds the part `cell` of the source, which `rank` holds in `shard`.
   void List(const Box& cell, uint32_t rank, uint32_t shard) {
@@ -55,33 +47,11 @@ class WriteLister {
           write_.target.origin[j] + cell.origin[dim] - write_.source.origin[dim];
       copy_.target.extent[j] = cell.extent[dim];
     }
-    Split(copy_, Elements(cell) * element_);
+    Split(copy_);
   }
 
  private:
-  /// Cuts along the outermost dimension until the parts fit or are single elements.
-  void Split(const Copy& copy, uint64_t bytes) {
-    const int dim = bytes <= window_bytes_ ? copy.target.num_dims() : OuterDim(copy.target);
-    if (dim == copy.target.num_dims()) {
-      list_.push_back(copy);
-      return;
-    }
-    const int source_dim = write_.zero_fill ? -1 : write_.source_dim[static_cast<size_t>(dim)];
-    const int64_t extent = copy.target.extent[dim];
-    const uint64_t slice_bytes = bytes / static_cast<uint64_t>(extent);
-    const auto step = static_cast<int64_t>(std::max<uint64_t>(1, window_bytes_ / slice_bytes));
-    Copy part = copy;
-    for (int64_t begin = 0; begin < extent; begin += step) {
-      const int64_t indices = std::min(step, extent - begin);
-      part.target.origin[dim] = copy.target.origin[dim] + begin;
-      part.target.extent[dim] = indices;
-      if (source_dim >= 0) {
-        part.source.origin[source_dim] = copy.source.origin[source_dim] + begin;
-        part.source.extent[source_dim] = indices;
-      }
-      Split(part, slice_bytes * static_cast<uint64_t>(indices));
-    }
-  }
+  void Split(const Copy& copy) { SplitCopy(copy, write_, element_, window_bytes_, list_); }
 
   const Write& write_;
   const uint64_t element_;

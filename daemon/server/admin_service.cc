@@ -94,6 +94,7 @@ void DescribePairs(const PlanView& view, v1::GetPlanResponse& response) {
     }
     response.set_total_boxes(response.total_boxes() + compiled.boxes);
     response.set_total_bytes(response.total_bytes() + compiled.bytes);
+    response.set_staging_bytes(std::max(response.staging_bytes(), plan.worker->wire_bytes));
     response.set_windows(response.windows() + static_cast<uint32_t>(compiled.windows));
   }
 }

@@ -102,6 +102,12 @@ std::vector<v1::PlanPage> PlanPages(const WorkerPlan& plan) {
   last.set_digest(plan.digest.data(), plan.digest.size());
   last.set_window_bytes(plan.limits.bytes);
   last.set_window_operations(plan.limits.operations);
+  for (const auto& [source, target] : plan.wire_pairs) {
+    v1::DevicePair* pair = last.add_wire_pairs();
+    pair->set_source(source);
+    pair->set_target(target);
+  }
+  last.set_wire_bytes(plan.wire_bytes);
   return pager.Take();
 }
 

@@ -27,6 +27,8 @@ SyncOptions SyncOptionsOf(const Config& config) {
                     static_cast<uint32_t>(config.limits.window_operations)};
   options.retain_on_host = config.catch_up.retain == "host";
   options.catch_up = config.catch_up.enabled;
+  options.always_wire = config.worker.path == kWirePath;
+  options.wire_bytes = config.worker.wire_bytes;
   return options;
 }
 

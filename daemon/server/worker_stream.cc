@@ -14,14 +14,18 @@ class WorkerPortImpl : public WorkerPort {
  public:
   /// `kill` ends the process with SIGKILL, by way of whoever started it.
   WorkerPortImpl(class WorkerStream* stream, std::function<void(const std::string& why)> kill,
-                 std::string device, std::string socket_path)
+                 const v1::WorkerHello& hello)
       : handle_(stream),
         kill_(std::move(kill)),
-        device_(std::move(device)),
-        socket_path_(std::move(socket_path)) {}
+        device_(hello.device()),
+        socket_path_(hello.socket_path()),
+        facts_{hello.nccl_version(),
+               hello.nccl_problem(),
+               {hello.peers().begin(), hello.peers().end()}} {}
 
   std::string device() const override { return device_; }
   std::string socket_path() const override { return socket_path_; }
+  WorkerFacts facts() const override { return facts_; }
   void SendExpect(MemberId member, const std::string& token, bool writable,
                   const std::string& label) override;
   void SendForget(MemberId member) override;
@@ -29,6 +33,9 @@ class WorkerPortImpl : public WorkerPort {
   void SendDropPlan(uint64_t handle) override;
   void SendStep(const StepCommand& command) override;
   void SendCancel(AttemptId attempt) override;
+  void SendMakeWireId(uint64_t wire) override;
+  void SendOpenWire(const WireOffer& offer) override;
+  void SendCloseWire(uint64_t wire) override;
   void Kill(const std::string& why) override {
     spdlog::error("worker is killed: {} device={}", why, device_);
     kill_(why);
@@ -41,6 +48,7 @@ class WorkerPortImpl : public WorkerPort {
   const std::function<void(const std::string& why)> kill_;
   const std::string device_;
   const std::string socket_path_;
+  const WorkerFacts facts_;
 };
 
 class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
@@ -92,6 +100,24 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
       }
       case v1::WorkerReport::kDone:
         return OnDone(report.done());
+      case v1::WorkerReport::kWireId: {
+        Event event;
+        event.kind = Event::Kind::kWireId;
+        event.device = device();
+        event.wire = report.wire_id().wire();
+        event.wire_id = report.wire_id().id();
+        event.status = FromProto(report.wire_id().error());
+        return coordinator().WorkerEvent(event);
+      }
+      case v1::WorkerReport::kWireReady: {
+        Event event;
+        event.kind = Event::Kind::kWireReady;
+        event.device = device();
+        event.wire = report.wire_ready().wire();
+        event.status = FromProto(report.wire_ready().error());
+        coordinator().StagingUsed(device(), report.wire_ready().staging_bytes());
+        return coordinator().WorkerEvent(event);
+      }
       case v1::WorkerReport::REPORT_NOT_SET:
         return;
     }
@@ -105,8 +131,7 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
       Close(grpc::Status(grpc::StatusCode::UNAUTHENTICATED, "not a worker of this daemon"));
       return;
     }
-    port_ = std::make_shared<WorkerPortImpl>(this, std::move(kill), hello.device(),
-                                             hello.socket_path());
+    port_ = std::make_shared<WorkerPortImpl>(this, std::move(kill), hello);
     coordinator().WorkerUp(port_, hello.pid());
   }
 
@@ -226,6 +251,32 @@ void WorkerPortImpl::SendStep(const StepCommand& step) {
   run->set_round(step.round);
   run->set_deadline_us(
       static_cast<uint64_t>(std::chrono::duration_cast<microseconds>(step.deadline).count()));
+  run->set_wire(step.wire);
+  run->set_turn_deadline_us(
+      static_cast<uint64_t>(std::chrono::duration_cast<microseconds>(step.turn_deadline).count()));
+  Send(std::move(command));
+}
+
+void WorkerPortImpl::SendMakeWireId(uint64_t wire) {
+  v1::WorkerCommand command;
+  command.mutable_make_wire_id()->set_wire(wire);
+  Send(std::move(command));
+}
+
+void WorkerPortImpl::SendOpenWire(const WireOffer& offer) {
+  v1::WorkerCommand command;
+  v1::OpenWire* open = command.mutable_open_wire();
+  open->set_wire(offer.wire);
+  open->set_plan(offer.plan);
+  open->set_id(offer.id);
+  open->set_deadline_us(
+      static_cast<uint64_t>(std::chrono::duration_cast<microseconds>(offer.deadline).count()));
+  Send(std::move(command));
+}
+
+void WorkerPortImpl::SendCloseWire(uint64_t wire) {
+  v1::WorkerCommand command;
+  command.mutable_close_wire()->set_wire(wire);
   Send(std::move(command));
 }
 

@@ -20,7 +20,9 @@ Coordinator::Coordinator(Config config, std::shared_ptr<const LoaderRegistry> lo
       store_(store),
       observer_(observer),
       spawned_(config_.worker,
-               [this](const std::string& device) { observer_.OnWorkerRestart(device); }) {}
+               [this](const std::string& device) { observer_.OnWorkerRestart(device); }) {
+  policy_.always_wire = config_.sync.always_wire;
+}
 
 Coordinator::~Coordinator() {
   {
@@ -44,8 +46,9 @@ ModelRoom& Coordinator::RoomFor(const std::string& model) {
   std::unique_ptr<ModelRoom>& room = rooms_[model];
   if (room == nullptr) {
     room =
-        std::make_unique<ModelRoom>(model, store_.Highest(model), loaders_, config_.sync.window,
+        std::make_unique<ModelRoom>(model, store_.Highest(model), loaders_, config_.sync,
                                     [this](double seconds) { observer_.OnPlanCompiled(seconds); });
+    room->plans.SetPolicy(policy_);
     room->thread = std::jthread([this, raw = room.get()] { RunJobs(*raw); });
   }
   return *room;
@@ -193,6 +196,7 @@ void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker, uint32_t pid) {
                                       "the worker was replaced: device={}", device),
                                 "worker " + device));
   }
+  LearnPeers(*worker);
   workers_[device] = std::move(worker);
   spawned_.Up(device, pid);
   for (auto& [id, info] : members_) {
@@ -202,6 +206,13 @@ void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker, uint32_t pid) {
     if (auto actor = info.actor.lock()) actor->SendWorkerChanged(endpoint);
     if (auto engine = info.engine.lock()) engine->SendWorkerChanged(endpoint);
   }
+}
+
+/// Which GPUs this worker's can access decides on paths. \pre mu_ is held
+void Coordinator::LearnPeers(const WorkerPort& worker) {
+  if (!IsGpuDevice(worker.device())) return;
+  policy_.peers[std::string(GpuOf(worker.device()))] = worker.facts().peers;
+  for (auto& [name, room] : rooms_) room->plans.SetPolicy(policy_);
 }
 
 void Coordinator::WorkerDown(const WorkerPort* worker, const Status& cause) {

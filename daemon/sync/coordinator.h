@@ -216,6 +216,8 @@ class Coordinator {
                    const std::string& process, const std::string& device);
   WorkerEndpoint Announce(MemberId member, MemberInfo& info, const std::string& device);
   void LendTo(MemberId member, MemberInfo& info, const std::string& device);
+  bool StoresDirectly(const std::string& source, const std::string& target) const;
+  void LearnPeers(const WorkerPort& worker);
   void LendToTrainer(ModelRoom& room, const std::string& device);
   std::set<std::string> TrainerDevices(const ModelRoom& room) const;
   void RemoveMember(MemberId member);
@@ -251,6 +253,9 @@ class Coordinator {
   SpawnedWorkers spawned_;
   uint64_t next_member_ = 1;
   uint64_t next_attempt_ = 1;
+  uint64_t next_wire_ = 1;
+  PathPolicy policy_;
+  std::mutex issue_mutex_;  // see SessionHost; taken before mu_
   uint64_t sessions_ = 0;
   bool draining_ = false;
   bool stopping_ = false;
@@ -259,9 +264,9 @@ class Coordinator {
 /// One model's registry, plans and jobs. All fields are guarded by the coordinator's mutex.
 struct ModelRoom {
   ModelRoom(std::string name, uint64_t highest, std::shared_ptr<const LoaderRegistry> loaders,
-            WindowLimits limits, std::function<void(double)> on_compiled)
+            const SyncOptions& options, std::function<void(double)> on_compiled)
       : model(std::move(name), highest),
-        plans(std::move(loaders), limits, std::move(on_compiled)) {}
+        plans(std::move(loaders), options.window, options.wire_bytes, std::move(on_compiled)) {}
 
   Model model;
   PlanCache plans;

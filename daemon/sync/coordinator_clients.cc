@@ -228,7 +228,7 @@ StatusOr<std::vector<WorkerEndpoint>> Coordinator::RegisterEngine(
         session.room->model.SetEngine(*session.replica, model, std::move(rank)));
     if (model.traced) session.replica->loader = kTracedOrigin;
     for (const std::string& writer : TrainerDevices(*session.room)) {
-      if (info.lent.contains(writer) || !ChoosePath({writer}, {device}).ok()) continue;
+      if (info.lent.contains(writer) || !StoresDirectly(writer, device)) continue;
       endpoints.push_back(Announce(session.member, info, writer));
     }
     if (identity.spawns_worker) OfferWorker(session.port, label, identity.process, device);
@@ -335,11 +335,17 @@ void Coordinator::LendTo(MemberId member, MemberInfo& info, const std::string& d
   if (auto engine = info.engine.lock()) engine->SendWorkerChanged(endpoint);
 }
 
+/// Does the worker of `source` write into memory of `target` by itself?
+bool Coordinator::StoresDirectly(const std::string& source, const std::string& target) const {
+  const StatusOr<PathChoice> choice = ChoosePath({source}, {target}, ThisBuild(), policy_);
+  return choice.ok() && !IsWire(choice->path);
+}
+
 /// A trainer rank has its memory on `device`: that device's worker will write into the engines.
 void Coordinator::LendToTrainer(ModelRoom& room, const std::string& device) {
   for (auto& [member, info] : members_) {
     if (info.room != &room || !info.writable) continue;
-    if (ChoosePath({device}, {info.device}).ok()) LendTo(member, info, device);
+    if (StoresDirectly(device, info.device)) LendTo(member, info, device);
   }
 }
 
@@ -355,9 +361,18 @@ void Coordinator::RemoveMember(MemberId member) {
   const auto info = members_.extract(member);
   engine_ports_.erase(member);
   if (info.empty()) return;
-  for (const std::string& device : info.mapped().lent) {
+  const auto tell = [this](const std::string& device, auto&& send) {
     const auto it = workers_.find(device);
-    if (it != workers_.end()) it->second->SendForget(member);
+    if (it != workers_.end()) send(*it->second);
+  };
+  for (const std::string& device : info.mapped().lent) {
+    tell(device, [member](WorkerPort& worker) { worker.SendForget(member); });
+  }
+  // Wires hold memory of the devices: those that nobody will use again end now.
+  for (const auto& [wire, devices] : info.mapped().room->plans.DropWiresOf(member)) {
+    for (const std::string& device : devices) {
+      tell(device, [number = wire](WorkerPort& worker) { worker.SendCloseWire(number); });
+    }
   }
 }
 

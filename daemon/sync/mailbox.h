@@ -28,6 +28,8 @@ struct Event {
     kPlanLoaded,    ///< device, plan, digest, status
     kProgress,      ///< device, attempt, bytes
     kStepDone,      ///< device, attempt, step, status, bytes, digests, shard_words, touched
+    kWireId,        ///< device, wire, wire_id, status
+    kWireReady,     ///< device, wire, status
     kWorkerLost,    ///< device, status
     kShutdown,      ///< the daemon ends and its workers with it; status
   };
@@ -37,6 +39,8 @@ struct Event {
   AttemptId attempt;
   Status status;
   uint64_t plan = 0;
+  uint64_t wire = 0;
+  std::string wire_id;
   Digest128 digest{};
   uint64_t bytes = 0;
   Step step = Step::kTransfer;

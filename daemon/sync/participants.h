@@ -4,6 +4,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -128,6 +129,15 @@ class SessionHost {
   /// must send it.
   virtual bool PlanLoaded(uint64_t handle, const std::string& device) = 0;
   virtual void MarkPlanLoaded(uint64_t handle, const std::string& device) = 0;
+  /// The wire of a plan that all its workers have open; 0: none.
+  virtual uint64_t FindWire(uint64_t plan) = 0;
+  /// A number for one more wire; never used again.
+  virtual uint64_t NextWire() = 0;
+  virtual void KeepWire(uint64_t plan, uint64_t wire, const std::vector<std::string>& devices) = 0;
+  virtual void DropWire(uint64_t plan) = 0;
+  /// Held while something is sent that several workers do together: all of them then see what
+  /// several sessions want in the same order, and none waits for another that waits for it.
+  virtual std::mutex& issue_mutex() = 0;
   /// Makes `version` durable as possibly consumed; logs if that fails. May block on the disk;
   /// called beside the transfer, by another thread.
   virtual void ReserveVersion(uint64_t version) = 0;

@@ -19,15 +19,17 @@ size_t NumTensors(const RankLayout& layout, size_t table_size) {
 }
 
 /// Chooses the path of every pair of devices between which bytes move.
-Status ChoosePaths(const CompiledPlan& compiled, const WorkerPlan& worker, ReplicaPlan& plan) {
+Status ChoosePaths(const CompiledPlan& compiled, const PathPolicy& policy, WorkerPlan& worker,
+                   ReplicaPlan& plan) {
   for (size_t target = 0; target < worker.targets.size(); ++target) {
     for (size_t actor = 0; actor < compiled.num_actors; ++actor) {
       const PairTraffic& traffic = compiled.pair(actor, target);
       if (traffic.boxes == 0) continue;
       const Place from{worker.source_devices[actor]};
       const Place to{worker.target_devices[target]};
-      StatusOr<PathChoice> choice = ChoosePath(from, to);
+      StatusOr<PathChoice> choice = ChoosePath(from, to, ThisBuild(), policy);
       if (!choice.ok()) return WithRank(choice.status(), worker.labels[target]);
+      if (IsWire(choice->path)) worker.wire_pairs.emplace(from.device, to.device);
       plan.path_bytes[std::string(Name(choice->path))] += traffic.bytes;
       plan.paths.emplace(std::pair(from.device, to.device), *std::move(choice));
     }
@@ -156,13 +158,31 @@ StatusOr<std::shared_ptr<const ReplicaPlan>> PlanCache::Compile(
                            CompilePlan(*group.table, shards, layouts, resolved->skipped, limits_));
   worker->digest = compiled.digest;
   auto plan = std::make_shared<ReplicaPlan>();
-  WEIGHTD_RETURN_IF_ERROR(ChoosePaths(compiled, *worker, *plan));
-  plan->shares = ShareWork(compiled, worker->source_devices, worker->target_devices);
+  WEIGHTD_RETURN_IF_ERROR(ChoosePaths(compiled, policy_, *worker, *plan));
+  if (!worker->wire_pairs.empty()) worker->wire_bytes = wire_bytes_;
+  plan->shares =
+      ShareWork(compiled, worker->source_devices, worker->target_devices, worker->wire_pairs);
   on_compiled_(static_cast<double>(MicrosSince(start)) * 1e-6);
   plan->resolved = std::move(resolved);
   plan->compiled = std::make_shared<const CompiledPlan>(std::move(compiled));
   plan->worker = std::move(worker);
   return plan;
+}
+
+std::vector<PlanCache::OpenWire> PlanCache::DropWiresOf(MemberId member) {
+  const auto has = [member](const std::vector<MemberId>& members) {
+    return std::find(members.begin(), members.end(), member) != members.end();
+  };
+  std::vector<OpenWire> dropped;
+  const std::lock_guard lock(mu_);
+  for (const auto& [key, entry] : entries_) {
+    if (entry.plan == nullptr) continue;
+    const WorkerPlan& plan = *entry.plan->worker;
+    if (!has(plan.sources) && !has(plan.targets)) continue;
+    auto wire = wires_.extract(plan.handle);
+    if (!wire.empty()) dropped.push_back(std::move(wire.mapped()));
+  }
+  return dropped;
 }
 
 std::shared_ptr<const ReplicaPlan> PlanCache::Find(const GroupView& group,
@@ -185,6 +205,33 @@ void PlanCache::MarkLoaded(uint64_t handle, const std::string& device) {
 void PlanCache::ForgetLoaded(const std::string& device) {
   const std::lock_guard lock(mu_);
   std::erase_if(loaded_, [&](const auto& entry) { return entry.second == device; });
+  std::erase_if(wires_, [&](const auto& entry) {
+    const std::vector<std::string>& devices = entry.second.devices;
+    return std::find(devices.begin(), devices.end(), device) != devices.end();
+  });
+}
+
+void PlanCache::SetPolicy(const PathPolicy& policy) {
+  const std::lock_guard lock(mu_);
+  if (policy == policy_) return;
+  policy_ = policy;
+  for (auto& [key, entry] : entries_) entry.plan = nullptr;
+}
+
+uint64_t PlanCache::FindWire(uint64_t handle) const {
+  const std::lock_guard lock(mu_);
+  const auto it = wires_.find(handle);
+  return it == wires_.end() ? 0 : it->second.wire;
+}
+
+void PlanCache::KeepWire(uint64_t handle, uint64_t wire, const std::vector<std::string>& devices) {
+  const std::lock_guard lock(mu_);
+  wires_[handle] = {wire, devices};
+}
+
+void PlanCache::DropWire(uint64_t handle) {
+  const std::lock_guard lock(mu_);
+  wires_.erase(handle);
 }
 
 std::vector<uint64_t> PlanCache::Trim(const GroupView& group,
@@ -200,6 +247,7 @@ std::vector<uint64_t> PlanCache::Trim(const GroupView& group,
   });
   for (uint64_t handle : dropped) {
     std::erase_if(loaded_, [handle](const auto& entry) { return entry.first == handle; });
+    wires_.erase(handle);
   }
   return dropped;
 }

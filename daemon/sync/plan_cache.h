@@ -21,9 +21,15 @@ std::string LayoutKey(const ReplicaView& replica);
 class PlanCache {
  public:
   /// `on_compiled` is told how many seconds a compilation took.
-  PlanCache(std::shared_ptr<const LoaderRegistry> loaders, WindowLimits limits,
+  PlanCache(std::shared_ptr<const LoaderRegistry> loaders, WindowLimits limits, uint64_t wire_bytes,
             std::function<void(double)> on_compiled)
-      : loaders_(std::move(loaders)), limits_(limits), on_compiled_(std::move(on_compiled)) {}
+      : loaders_(std::move(loaders)),
+        limits_(limits),
+        wire_bytes_(wire_bytes),
+        on_compiled_(std::move(on_compiled)) {}
+
+  /// How paths are chosen. Plans that were made under another policy are made again.
+  void SetPolicy(const PathPolicy& policy);
 
   /// Finds and evaluates the loader for every rank of `replica`, or binds the traces of its ranks.
   /// \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE, INVALID_ARGUMENT from the loader or
@@ -43,8 +49,20 @@ class PlanCache {
   /// Whether the current worker of this device holds the plan.
   bool Loaded(uint64_t handle, const std::string& device) const;
   void MarkLoaded(uint64_t handle, const std::string& device);
-  /// A new worker holds nothing.
+  /// A new worker holds nothing, and the wires of its predecessor are dead.
   void ForgetLoaded(const std::string& device);
+
+  /// The open wire of a plan; 0: none.
+  uint64_t FindWire(uint64_t handle) const;
+  void KeepWire(uint64_t handle, uint64_t wire, const std::vector<std::string>& devices);
+  void DropWire(uint64_t handle);
+  /// An open wire, and the devices that it joins.
+  struct OpenWire {
+    uint64_t wire = 0;
+    std::vector<std::string> devices;
+  };
+  /// Drops the wires of all plans in which the member takes part, for the workers to close.
+  std::vector<OpenWire> DropWiresOf(MemberId member);
 
   /// Drops entries of other generations of this group and of replicas that `alive` does not know.
   /// Returns the handles of the plans dropped, for the workers.
@@ -65,11 +83,14 @@ class PlanCache {
 
   const std::shared_ptr<const LoaderRegistry> loaders_;
   const WindowLimits limits_;
+  const uint64_t wire_bytes_;
   const std::function<void(double)> on_compiled_;
 
   mutable std::mutex mu_;
   std::map<std::string, Entry> entries_;
   std::set<std::pair<uint64_t, std::string>> loaded_;  // (handle, device)
+  std::map<uint64_t, OpenWire> wires_;                 // by handle
+  PathPolicy policy_;
 };
 
 }  // namespace weightd

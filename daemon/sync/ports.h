@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,7 @@
 #include "daemon/base/status.h"
 #include "daemon/layout/tensor_layout.h"
 #include "daemon/plan/transfer_plan.h"
+#include "daemon/plan/wire_schedule.h"
 #include "daemon/registry/replica_state.h"
 #include "daemon/sync/phase.h"
 
@@ -116,6 +118,8 @@ struct WorkerPlan {
   std::vector<std::string> labels;                         ///< per engine rank
   std::vector<std::string> target_devices;                 ///< per engine rank
   WindowLimits limits;
+  WirePairs wire_pairs;     ///< whose bytes go over a wire
+  uint64_t wire_bytes = 0;  ///< staging of one device for it
   Digest128 digest{};
 };
 
@@ -137,7 +141,24 @@ struct StepCommand {
   std::vector<MemberId> peers;
   uint64_t version = 0;
   milliseconds deadline{0};
-  uint32_t round = 0;  ///< of Transfer and Verify
+  uint32_t round = 0;             ///< of Transfer and Verify
+  uint64_t wire = 0;              ///< of a transfer; 0: none
+  milliseconds turn_deadline{0};  ///< of a transfer over a wire
+};
+
+/// How a worker joins a wire; see weightd.v1.OpenWire.
+struct WireOffer {
+  uint64_t wire = 0;
+  uint64_t plan = 0;
+  std::string id;
+  milliseconds deadline{0};
+};
+
+/// What a worker says of its device.
+struct WorkerFacts {
+  uint32_t nccl_version = 0;    ///< 0: it has no NCCL
+  std::string nccl_problem;     ///< why
+  std::set<std::string> peers;  ///< GPUs whose memory its GPU can access
 };
 
 /// A worker process, one per device. All calls return at once; any thread.
@@ -146,6 +167,7 @@ class WorkerPort {
   virtual ~WorkerPort() = default;
   virtual std::string device() const = 0;
   virtual std::string socket_path() const = 0;
+  virtual WorkerFacts facts() const { return {}; }
   virtual void SendExpect(MemberId member, const std::string& token, bool writable,
                           const std::string& label) = 0;
   virtual void SendForget(MemberId member) = 0;
@@ -153,6 +175,9 @@ class WorkerPort {
   virtual void SendDropPlan(uint64_t handle) = 0;
   virtual void SendStep(const StepCommand& command) = 0;
   virtual void SendCancel(AttemptId attempt) = 0;
+  virtual void SendMakeWireId(uint64_t wire) = 0;
+  virtual void SendOpenWire(const WireOffer& offer) = 0;
+  virtual void SendCloseWire(uint64_t wire) = 0;
   /// Kills the process: the fence of last resort. Its loss is then reported as any other.
   virtual void Kill(const std::string& why) = 0;
 };
@@ -199,6 +224,8 @@ struct SyncOptions {
   WindowLimits window;
   bool retain_on_host = false;
   bool catch_up = true;
+  bool always_wire = false;          ///< see PathPolicy
+  uint64_t wire_bytes = 192u << 20;  ///< staging of one device
 };
 
 }  // namespace weightd

@@ -41,6 +41,11 @@ AttemptId RoomHost::NextAttempt() {
   return {coordinator_.config_.epoch, coordinator_.next_attempt_++};
 }
 
+uint64_t RoomHost::NextWire() {
+  const std::lock_guard lock(coordinator_.mu_);
+  return coordinator_.next_wire_++;
+}
+
 std::shared_ptr<WorkerPort> RoomHost::Worker(const std::string& device) {
   const std::lock_guard lock(coordinator_.mu_);
   const auto it = coordinator_.workers_.find(device);

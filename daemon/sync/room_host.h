@@ -36,6 +36,13 @@ class RoomHost : public SessionHost {
   bool Attached(MemberId member, const std::string& device) override;
   bool PlanLoaded(uint64_t handle, const std::string& device) override;
   void MarkPlanLoaded(uint64_t handle, const std::string& device) override;
+  uint64_t FindWire(uint64_t plan) override { return room_.plans.FindWire(plan); }
+  uint64_t NextWire() override;
+  void KeepWire(uint64_t plan, uint64_t wire, const std::vector<std::string>& devices) override {
+    room_.plans.KeepWire(plan, wire, devices);
+  }
+  void DropWire(uint64_t plan) override { room_.plans.DropWire(plan); }
+  std::mutex& issue_mutex() override { return coordinator_.issue_mutex_; }
   void ReserveVersion(uint64_t version) override;
   void ShowProgress(const SyncProgress& progress, const std::string& waiting_for) override;
   const SyncOptions& options() const override { return coordinator_.config_.sync; }

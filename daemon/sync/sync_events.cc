@@ -52,11 +52,21 @@ Status SyncSession::Handle(const Event& event) {
       return absl::OkStatus();
     case Event::Kind::kStepDone:
       return OnStepDone(event);
+    case Event::Kind::kWireId:
+    case Event::Kind::kWireReady:
+      OnWireEvent(event);
+      return absl::OkStatus();
     case Event::Kind::kWorkerLost:
-      for (ReplicaRun& replica : replicas_) replica.running.erase(event.device);
+      for (ReplicaRun& replica : replicas_) {
+        replica.running.erase(event.device);
+        replica.joining.erase(event.device);
+      }
       return LoseWorker(event.device, event.status);
     case Event::Kind::kShutdown:
-      for (ReplicaRun& replica : replicas_) replica.running.clear();
+      for (ReplicaRun& replica : replicas_) {
+        replica.running.clear();
+        replica.joining.clear();
+      }
       plans_waiting_.clear();
       check_waiting_.clear();
       if (verified()) return absl::OkStatus();
@@ -90,6 +100,7 @@ void SyncSession::Fail(ReplicaRun& run, Status error) {
   for (const std::string& device : run.running) {
     if (const auto worker = host_.Worker(device)) worker->SendCancel(run.attempt);
   }
+  LetGoOfWire(run);
 }
 
 void SyncSession::FailAll(const Status& error) {
@@ -168,7 +179,7 @@ Status SyncSession::AwaitMembers() {
 }
 
 // Trainer ranks lend their memory to the worker of their own device, engine ranks to every worker
-// that writes into it or verifies it.
+// that stores into it or verifies it.
 std::vector<std::string> SyncSession::MissingMembers() {
   std::set<std::string> missing;
   const auto require = [&](MemberId member, const std::string& device, const std::string& label) {
@@ -177,7 +188,7 @@ std::vector<std::string> SyncSession::MissingMembers() {
   for (const auto& rank : group_.ranks) require(rank->member, rank->device, rank->label);
   for (const ReplicaRun* run : Viable()) {
     for (const WorkerShare& share : run->plan->shares) {
-      for (const std::vector<uint32_t>* targets : {&share.writes, &share.verifies}) {
+      for (const std::vector<uint32_t>* targets : {&share.stores, &share.verifies}) {
         for (uint32_t target : *targets) {
           const EngineRank& rank = *run->view.targets[target].rank;
           require(rank.member, share.device, rank.label);

@@ -77,7 +77,7 @@ Status SyncSession::ResolveLayouts() {
   return CheckRequired();
 }
 
-// BuildPlan: the plan is proved, and every worker has the same one.
+// BuildPlan: the plan is proved, every worker has the same one, and wires between them are open.
 Status SyncSession::BuildPlan() {
   for (ReplicaRun* run : Viable()) {
     StatusOr<std::shared_ptr<const ReplicaPlan>> plan = host_.PlanFor(group_, run->view);
@@ -89,6 +89,7 @@ Status SyncSession::BuildPlan() {
   }
   WEIGHTD_RETURN_IF_ERROR(CheckRequired());
   WEIGHTD_RETURN_IF_ERROR(LoadPlans());
+  WEIGHTD_RETURN_IF_ERROR(OpenWires());
   return CheckRequired();
 }
 
@@ -112,7 +113,7 @@ Status SyncSession::Prepare() {
   return CheckRequired();
 }
 
-// Transfer: each worker writes what its device's trainer ranks supply, window by window.
+// Transfer: each worker writes, or sends, what its device's trainer ranks supply, window by window.
 Status SyncSession::Transfer() {
   for (ReplicaRun* run : Viable()) {
     run->written = run->touched();

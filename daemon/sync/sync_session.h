@@ -49,6 +49,10 @@ class SyncSession {
     std::set<std::string> running;  // devices whose workers have a step of it
     std::set<std::string> writers;  // devices whose workers may have written in this round
     bool written = false;           // some may have, in a round before
+    uint64_t wire = 0;              // between its workers; 0: none
+    bool opening = false;           // the wire is not known to be open yet
+    std::string wire_id;
+    std::set<std::string> joining;  // devices whose workers owe an answer about the wire
     std::set<MemberId> waiting;     // engine ranks whose answer is awaited
     // By target: sums over all workers, of this round; and of all rounds, once they were equal.
     std::map<uint32_t, TargetDigests> source_digests;
@@ -90,7 +94,13 @@ class SyncSession {
 
   // Workers: what is asked of them, what they answer, and what follows when one does not.
   Status LoadPlans();
+  Status OpenWires();
+  Status CheckWire(const ReplicaRun& run) const;
+  void OfferWire(ReplicaRun& run);
+  void OnWireEvent(const Event& event);
+  void LetGoOfWire(ReplicaRun& run);
   Status RunStep(Step step, milliseconds limit);
+  void SendSteps(ReplicaRun& run, Step step, milliseconds limit);
   Status CheckReplicas();
   Status AwaitWorkers(milliseconds limit);
   std::set<std::string> OwingWorkers() const;

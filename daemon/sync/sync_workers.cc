@@ -63,33 +63,38 @@ Status SyncSession::OnPlanLoaded(const Event& event) {
 }
 
 Status SyncSession::RunStep(Step step, milliseconds limit) {
-  for (ReplicaRun* run : Viable()) {
-    run->bytes_done.clear();
-    for (const WorkerShare& share : run->plan->shares) {
-      const bool transfers = step == Step::kTransfer;
-      StepCommand command;
-      command.targets = transfers ? share.writes : share.verifies;
-      std::erase_if(command.targets, [&](uint32_t target) {
-        return round_ >= run->view.targets[target].num_rounds();
-      });
-      if (command.targets.empty()) continue;
-      const std::shared_ptr<WorkerPort> worker = host_.Worker(share.device);
-      if (worker == nullptr) {
-        Fail(*run, NoWorkerError(share.device));
-        break;
-      }
-      command.attempt = run->attempt;
-      command.step = step;
-      command.plan = run->plan->worker->handle;
-      command.version = version_;
-      command.round = round_;
-      run->running.insert(share.device);
-      if (transfers) run->writers.insert(share.device);
-      worker->SendStep(command);
-    }
+  {
+    const std::lock_guard issue(host_.issue_mutex());
+    for (ReplicaRun* run : Viable()) SendSteps(*run, step, limit);
   }
   WEIGHTD_RETURN_IF_ERROR(AwaitWorkers(limit));
   return CheckAnyViable();
+}
+
+void SyncSession::SendSteps(ReplicaRun& run, Step step, milliseconds limit) {
+  run.bytes_done.clear();
+  const bool transfers = step == Step::kTransfer;
+  for (const WorkerShare& share : run.plan->shares) {
+    StepCommand command;
+    command.targets = transfers ? share.writes : share.verifies;
+    std::erase_if(command.targets,
+                  [&](uint32_t target) { return round_ >= run.view.targets[target].num_rounds(); });
+    if (command.targets.empty()) continue;
+    const std::shared_ptr<WorkerPort> worker = host_.Worker(share.device);
+    if (worker == nullptr) return Fail(run, NoWorkerError(share.device));
+    command.attempt = run.attempt;
+    command.step = step;
+    command.plan = run.plan->worker->handle;
+    command.version = version_;
+    command.round = round_;
+    if (transfers && run.wire != 0) {
+      command.wire = run.wire;
+      command.turn_deadline = limit * 7 / 8;  // a worker names what it waits for, the session who
+    }
+    run.running.insert(share.device);
+    if (transfers) run.writers.insert(share.device);
+    worker->SendStep(command);
+  }
 }
 
 Status SyncSession::OnStepDone(const Event& event) {
@@ -121,7 +126,9 @@ std::set<std::string> SyncSession::OwingWorkers() const {
   std::set<std::string> owing = check_waiting_;
   for (const auto& [plan, device] : plans_waiting_) owing.insert(device);
   for (const ReplicaRun& run : replicas_) {
-    if (run.viable()) owing.insert(run.running.begin(), run.running.end());
+    if (!run.viable()) continue;
+    owing.insert(run.running.begin(), run.running.end());
+    owing.insert(run.joining.begin(), run.joining.end());
   }
   return owing;
 }

@@ -5,13 +5,19 @@
 
 namespace weightd {
 
+std::vector<uint32_t> TensorsOf(const RankLayout& layout) {
+  std::vector<uint32_t> tensors;
+  for (const Write& write : layout.writes) {
+    if (!write.zero_fill) tensors.push_back(write.tensor);
+  }
+  std::sort(tensors.begin(), tensors.end());
+  tensors.erase(std::unique(tensors.begin(), tensors.end()), tensors.end());
+  return tensors;
+}
+
 void StepBinder::SetTarget(size_t target) {
   target_ = &plan_.targets[target];
-  for (const Write& write : target_->layout->writes) {
-    if (!write.zero_fill) tensors_.push_back(write.tensor);
-  }
-  std::sort(tensors_.begin(), tensors_.end());
-  tensors_.erase(std::unique(tensors_.begin(), tensors_.end()), tensors_.end());
+  tensors_ = TensorsOf(*target_->layout);
 }
 
 Status Transport::CopyParams(const BoundPlan&, size_t, std::span<const Binding>, RunControl&) {

@@ -13,6 +13,9 @@
 
 namespace weightd {
 
+/// Source tensors that an engine rank reads, ascending.
+std::vector<uint32_t> TensorsOf(const RankLayout& layout);
+
 /// One Transfer, Verify or DigestShard in progress. Thread safety: const methods from any thread.
 class StepBinder {
  public:

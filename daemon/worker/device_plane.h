@@ -3,17 +3,25 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "daemon/base/status.h"
 #include "daemon/device/segment.h"
-#include "daemon/transport/transport.h"
+#include "daemon/worker/worker_core.h"
 
 namespace weightd {
 
 struct DevicePlane {
   std::shared_ptr<SegmentMapper> mapper;  ///< shared with the member table's options
-  std::unique_ptr<Transport> transport;
+  WorkerCore::Transports transports;
+  uint32_t nccl_version = 0;       ///< 0: none
+  std::string nccl_problem;        ///< why
+  std::vector<std::string> peers;  ///< GPUs whose memory this one can access
 };
+
+/// Sets what NCCL reads from the environment: no multicast objects on a shared machine. \pre no
+/// other thread is running
+void PrepareEnvironment(const std::string& device);
 
 /// The plane of a device: "host", "host.N" or the UUID of a GPU. For a GPU this makes its context
 /// in this process. `num_threads` copy on the host; 0: as many as the process may use. \error

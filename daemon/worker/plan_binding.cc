@@ -103,20 +103,28 @@ StatusOr<std::vector<Binding>> BindParams(const RankLayout& layout,
   return bindings;
 }
 
-Status BindEngineRank(const LoadedPlan& plan, uint32_t target, uint32_t round,
-                      const PinnedMembers& pinned, BoundPlan* bound) {
+void DescribeEngineRank(const LoadedPlan& plan, uint32_t target, uint32_t round, BoundPlan* bound) {
   const PlanInput& in = plan.input;
   bound->table = &in.table;
   bound->shards = in.shards;
   bound->id = plan.id;
   bound->targets.resize(in.layouts.size());
-  const PinnedMembers::Entry* entry = pinned.Find(in.targets[target]);
-  WEIGHTD_CHECK(entry != nullptr);
   BoundTarget& result = bound->targets[target];
   const RankRound& part = plan.ranks[target][round];
   result.layout = part.layout;
   result.plan = &part.plan;
   result.round = round;
+  result.label = in.labels[target];
+}
+
+Status BindEngineRank(const LoadedPlan& plan, uint32_t target, uint32_t round,
+                      const PinnedMembers& pinned, BoundPlan* bound) {
+  const PlanInput& in = plan.input;
+  DescribeEngineRank(plan, target, round, bound);
+  const PinnedMembers::Entry* entry = pinned.Find(in.targets[target]);
+  WEIGHTD_CHECK(entry != nullptr);
+  const RankRound& part = plan.ranks[target][round];
+  BoundTarget& result = bound->targets[target];
   result.label = entry->member->label();
   result.registration = entry->memory->id;
   result.remote = in.target_devices[target] != plan.device;

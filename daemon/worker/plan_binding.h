@@ -26,6 +26,9 @@ Status BindSources(const LoadedPlan& plan, const PinnedMembers& pinned, BoundPla
 Status BindEngineRank(const LoadedPlan& plan, uint32_t target, uint32_t round,
                       const PinnedMembers& pinned, BoundPlan* bound);
 
+/// An engine rank in a round without its memory, as far as sending to it needs.
+void DescribeEngineRank(const LoadedPlan& plan, uint32_t target, uint32_t round, BoundPlan* bound);
+
 /// The memory of all parameters of `layout` as a member lends it, e.g. a serving peer. `positions`:
 /// where they are in the member's own parameters; empty: the same. \error as BindSources
 StatusOr<std::vector<Binding>> BindParams(const RankLayout& layout,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <utility>
 
 #include "daemon/plan/rounds.h"
@@ -137,6 +138,10 @@ Status PlanAssembler::Add(const v1::PlanPage& page) {
   input_.digest = page.digest();
   if (page.window_bytes() != 0) input_.limits.bytes = page.window_bytes();
   if (page.window_operations() != 0) input_.limits.operations = page.window_operations();
+  for (const v1::DevicePair& pair : page.wire_pairs()) {
+    input_.wire_pairs.emplace(pair.source(), pair.target());
+  }
+  input_.wire_bytes = page.wire_bytes();
   return absl::OkStatus();
 }
 
@@ -147,6 +152,9 @@ StatusOr<PlanInput> PlanAssembler::Finish() {
   if (input_.source_devices.size() != input_.sources.size()) {
     return Malformed("plan has {} actors and the devices of {}", input_.sources.size(),
                      input_.source_devices.size());
+  }
+  if (!input_.wire_pairs.empty() && input_.wire_bytes < kMinWireBytes) {
+    return Malformed("plan has too little staging for its wire: bytes={}", input_.wire_bytes);
   }
   if (input_.shards.size() != input_.sources.size()) {
     return Malformed("plan has {} actors and the shards of {}", input_.sources.size(),
@@ -166,8 +174,25 @@ StatusOr<PlanInput> PlanAssembler::Finish() {
 
 namespace {
 
-/// The copies of one engine rank that the plan's worker makes, round by round.
-std::vector<RankRound> EnumerateRounds(uint32_t target, LoadedPlan* plan) {
+/// What all workers write into the engine ranks: per round, per engine rank.
+using WholePlans = std::vector<std::vector<RankPlan>>;
+
+/// What this worker stores into one engine rank in a round, out of what the rank receives.
+RankPlan StoredCopies(const LoadedPlan& plan, uint32_t target, const RankLayout& layout,
+                      const RankPlan& whole) {
+  const PlanInput& in = plan.input;
+  const std::string& device = in.target_devices[target];
+  const bool own = device == plan.device;
+  if (in.wire_pairs.contains({plan.device, device})) return RankPlan();
+  const bool all_own =
+      std::find(plan.own_sources.begin(), plan.own_sources.end(), false) == plan.own_sources.end();
+  if (all_own && own) return whole;
+  return OwnCopies(whole, layout, plan.own_sources, own);
+}
+
+/// The copies of one engine rank that the plan's worker stores, round by round. `whole` keeps what
+/// a wire needs.
+std::vector<RankRound> EnumerateRounds(uint32_t target, LoadedPlan* plan, WholePlans* whole) {
   const PlanInput& in = plan->input;
   std::vector<RankRound> rounds;
   if (NumRounds(NumStages(in.layouts[target].params)) == 1) {
@@ -178,16 +203,35 @@ std::vector<RankRound> EnumerateRounds(uint32_t target, LoadedPlan* plan) {
       rounds.push_back({.layout = &plan->round_layouts.back(), .params = std::move(round.params)});
     }
   }
-  const bool all_sources = std::find(plan->own_sources.begin(), plan->own_sources.end(), false) ==
-                           plan->own_sources.end();
-  const bool own = in.target_devices[target] == plan->device;
-  for (RankRound& round : rounds) {
-    round.plan = EnumerateRank(in.table, *plan->grid, *round.layout, in.limits);
-    round.landed = round.plan.bytes;
-    if (all_sources && own) continue;
-    round.plan = OwnCopies(round.plan, *round.layout, plan->own_sources, own);
+  for (size_t i = 0; i < rounds.size(); ++i) {
+    RankRound& round = rounds[i];
+    RankPlan all = EnumerateRank(in.table, *plan->grid, *round.layout, in.limits);
+    round.landed = all.bytes;
+    round.plan = StoredCopies(*plan, target, *round.layout, all);
+    if (in.wire_pairs.empty()) continue;
+    if (whole->size() <= i) whole->emplace_back(in.layouts.size());
+    (*whole)[i][target] = std::move(all);
   }
   return rounds;
+}
+
+/// The turns of each round. An engine rank that does not have a round has no copies in it.
+void ScheduleWires(const WholePlans& whole, LoadedPlan* plan) {
+  const PlanInput& in = plan->input;
+  for (size_t round = 0; round < whole.size(); ++round) {
+    std::vector<const RankLayout*> layouts;
+    for (size_t i = 0; i < in.layouts.size(); ++i) {
+      const std::vector<RankRound>& rounds = plan->ranks[i];
+      layouts.push_back(round < rounds.size() ? rounds[round].layout : &in.layouts[i]);
+    }
+    plan->wires.push_back(ScheduleWire(
+        {whole[round], layouts, in.source_devices, in.target_devices, in.wire_pairs, in.wire_bytes},
+        plan->device));
+    const WireSchedule& wire = plan->wires.back();
+    plan->bytes +=
+        std::accumulate(wire.receives.bytes.begin(), wire.receives.bytes.end(), uint64_t{0});
+    plan->windows += wire.num_turns;
+  }
 }
 
 }  // namespace
@@ -207,6 +251,7 @@ StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input, std::strin
     for (size_t i = 0; i < in.layouts.size(); ++i) {
       plan->ranks[i].push_back({.layout = &in.layouts[i]});
     }
+    plan->stores.assign(in.layouts.size(), true);
     return std::shared_ptr<const LoadedPlan>(std::move(plan));
   }
   WEIGHTD_ASSIGN_OR_RETURN(plan->grid, SourceGrid::Build(in.table, in.shards));
@@ -224,13 +269,18 @@ StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input, std::strin
                  "worker and daemon see different plans: tensors={} actors={} engine_ranks={}",
                  in.table.size(), in.shards.size(), in.layouts.size());
   }
+  WholePlans whole;
   for (uint32_t i = 0; i < in.layouts.size(); ++i) {
-    plan->ranks.push_back(EnumerateRounds(i, plan.get()));
+    plan->ranks.push_back(EnumerateRounds(i, plan.get(), &whole));
+    bool stores = in.target_devices[i] == plan->device;
     for (const RankRound& round : plan->ranks.back()) {
       plan->bytes += round.plan.bytes;
       plan->windows += static_cast<uint32_t>(round.plan.windows.size());
+      stores = stores || !round.plan.copies.empty();
     }
+    plan->stores.push_back(stores);
   }
+  ScheduleWires(whole, plan.get());
   return std::shared_ptr<const LoadedPlan>(std::move(plan));
 }
 

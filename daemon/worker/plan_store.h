@@ -14,6 +14,7 @@
 #include "daemon/layout/tensor_layout.h"
 #include "daemon/plan/data_path.h"
 #include "daemon/plan/transfer_plan.h"
+#include "daemon/plan/wire_schedule.h"
 #include "weightd/v1/worker.pb.h"
 
 namespace weightd {
@@ -32,7 +33,9 @@ struct PlanInput {
   std::vector<std::string> source_devices;  ///< per actor rank
   std::vector<std::string> target_devices;  ///< per engine rank
   WindowLimits limits;
-  std::string digest;  ///< as the daemon sees it
+  WirePairs wire_pairs;     ///< whose bytes are sent, not stored directly
+  uint64_t wire_bytes = 0;  ///< staging of one device for them
+  std::string digest;       ///< as the daemon sees it
 };
 
 /// Collects the pages of one plan. Thread safety: none.
@@ -54,7 +57,7 @@ class PlanAssembler {
 struct RankRound {
   const RankLayout* layout = nullptr;  ///< of this round; the plan owns it
   std::vector<uint32_t> params;  ///< where its parameters are in the rank's own; empty: the same
-  RankPlan plan;                 ///< what this worker copies
+  RankPlan plan;                 ///< what this worker stores directly
   uint64_t landed = 0;           ///< bytes of all workers
 };
 
@@ -67,6 +70,9 @@ struct LoadedPlan {
   std::optional<SourceGrid> grid;  ///< unset for a catch-up: its plan has parameters only
   std::vector<std::vector<RankRound>> ranks;  ///< per engine rank, per round
   std::deque<RankLayout> round_layouts;       ///< of ranks that have several rounds
+  std::vector<bool> stores;  ///< per engine rank: this worker stores into its memory
+  std::vector<WireSchedule>
+      wires;  ///< per round: what it sends and receives; none at all = nothing
   Digest128 digest{};
   uint64_t bytes = 0;  ///< that one run of this worker lands, all engine ranks
   uint32_t windows = 0;

@@ -1,5 +1,6 @@
 #include "daemon/worker/step_runner.h"
 
+#include <numeric>
 #include <string>
 #include <thread>
 #include <utility>
@@ -54,10 +55,11 @@ struct StepRunner::Context {
 };
 
 StepRunner::StepRunner(MemberTable* members, PlanStore* plans, Transport* transport,
-                       int num_threads, ReportFn report)
+                       WireTransport* wires, int num_threads, ReportFn report)
     : members_(members),
       plans_(plans),
       transport_(transport),
+      wires_(wires),
       report_(std::move(report)),
       catch_up_(num_threads) {}
 
@@ -76,7 +78,8 @@ v1::StepDone StepRunner::Run(const v1::RunStep& command, std::atomic<bool>* canc
     done.clear_digests();
     *done.mutable_error() = ToProto(WithPhase(std::move(status), PhaseOf(command.step())));
   }
-  done.set_staging_bytes(members_->staging_bytes());
+  done.set_staging_bytes(members_->staging_bytes() +
+                         (wires_ == nullptr ? 0 : wires_->staging_bytes()));
   return done;
 }
 
@@ -118,7 +121,10 @@ Status StepRunner::Dispatch(Context* context, v1::StepDone* done) {
     if (context->plan->own_sources[rank]) context->members.push_back(input.sources[rank]);
   }
   if (command.step() != v1::STEP_CHECK_REPLICAS) {
-    for (uint32_t target : command.targets()) context->members.push_back(input.targets[target]);
+    for (uint32_t target : command.targets()) {
+      if (command.step() == v1::STEP_TRANSFER && !context->plan->stores[target]) continue;
+      context->members.push_back(input.targets[target]);
+    }
   }
   context->members.insert(context->members.end(), command.peers().begin(), command.peers().end());
   WEIGHTD_RETURN_IF_ERROR(members_->Pin(context->members, context->cancelled, &context->pinned));
@@ -209,20 +215,50 @@ Status StepRunner::Transfer(Context* context, v1::StepDone* done) {
   const uint32_t round = context->command.round();
   BoundPlan bound;
   WEIGHTD_RETURN_IF_ERROR(BindSources(plan, context->pinned, &bound));
+  std::vector<uint32_t> targets;
   for (uint32_t target : context->command.targets()) {
+    if (!plan.stores[target]) {
+      DescribeEngineRank(plan, target, round, &bound);
+      continue;
+    }
     WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, round, context->pinned, &bound));
     context->bytes_total += plan.ranks[target][round].plan.bytes;
+    targets.push_back(target);
   }
   RingSource staged(plan, context->pinned, context->command.attempt(), context->cancelled,
                     context->deadline);
   RunControl control = ControlOf(context, &staged);
-  const std::vector<uint32_t> targets(context->command.targets().begin(),
-                                      context->command.targets().end());
   done->set_touched(!targets.empty());
   WEIGHTD_ASSIGN_OR_RETURN(const std::vector<RankDigests> digests,
                            transport_->TransferAll(bound, targets, control));
   for (size_t i = 0; i < targets.size(); ++i) AddDigests(targets[i], digests[i], done);
   done->set_bytes(context->bytes_total);
+  if (round >= plan.wires.size() || plan.wires[round].num_turns == 0) return absl::OkStatus();
+  return TransferOverWire(context, bound, done);
+}
+
+/// After what this worker stores directly: its turns of the wire.
+Status StepRunner::TransferOverWire(Context* context, const BoundPlan& bound, v1::StepDone* done) {
+  const LoadedPlan& plan = *context->plan;
+  const WireSchedule& wire = plan.wires[context->command.round()];
+  if (wires_ == nullptr) {
+    return Error(StatusCode::kUnimplemented, reason::kNoPath, "report this with the log",
+                 "worker has no wires: device={}", plan.device);
+  }
+  context->bytes_before = context->bytes_total;
+  RunControl control = ControlOf(context, nullptr);
+  control.on_window = [&](uint32_t turns, uint64_t bytes, const std::string& layer) {
+    if (turns <= kFailpointWindows) Failpoint(fmt::format("wire.{}.{}", plan.device, turns - 1));
+    Progress(context, bytes, turns, layer);
+  };
+  const auto turn_limit =
+      std::chrono::duration_cast<milliseconds>(microseconds(context->command.turn_deadline_us()));
+  WEIGHTD_ASSIGN_OR_RETURN(const WireTransport::Digests digests,
+                           wires_->Transfer(context->command.plan(), context->command.wire(), bound,
+                                            wire, control, turn_limit));
+  for (const auto& [target, words] : digests) AddDigests(target, words, done);
+  done->set_bytes(done->bytes() + std::accumulate(wire.receives.bytes.begin(),
+                                                  wire.receives.bytes.end(), uint64_t{0}));
   return absl::OkStatus();
 }
 

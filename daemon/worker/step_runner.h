@@ -10,6 +10,7 @@
 #include "daemon/base/clock.h"
 #include "daemon/base/status.h"
 #include "daemon/transport/transport.h"
+#include "daemon/transport/wire/wire_transport.h"
 #include "daemon/worker/catch_up.h"
 #include "daemon/worker/member_table.h"
 #include "daemon/worker/plan_binding.h"
@@ -23,9 +24,9 @@ inline constexpr milliseconds kProgressInterval{50};
 /// Thread safety: one call at a time.
 class StepRunner {
  public:
-  /// The pointers outlive this. `num_threads`: of catch-up, see CatchUp.
-  StepRunner(MemberTable* members, PlanStore* plans, Transport* transport, int num_threads,
-             ReportFn report);
+  /// The pointers outlive this; `wires` may be nullptr. `num_threads`: of catch-up, see CatchUp.
+  StepRunner(MemberTable* members, PlanStore* plans, Transport* transport, WireTransport* wires,
+             int num_threads, ReportFn report);
 
   /// Runs one step to its end. `cancelled` may be set by any thread, and is set when a member that
   /// the step uses is lost: the step then ends at its next window and says who was lost. When this
@@ -40,6 +41,7 @@ class StepRunner {
   Status CheckTargets(const Context& context) const;
   Status AwaitSources(const Context& context) const;
   Status Transfer(Context* context, v1::StepDone* done);
+  Status TransferOverWire(Context* context, const BoundPlan& bound, v1::StepDone* done);
   Status Verify(Context* context, v1::StepDone* done);
   Status CheckReplicas(Context* context, v1::StepDone* done);
   Status CompareReplica(Context* context, const BoundPlan& bound,
@@ -54,6 +56,7 @@ class StepRunner {
   MemberTable* const members_;
   PlanStore* const plans_;
   Transport* const transport_;
+  WireTransport* const wires_;
   const ReportFn report_;
   CatchUp catch_up_;
 };

@@ -9,22 +9,22 @@
 namespace weightd {
 
 StatusOr<std::unique_ptr<WorkerCore>> WorkerCore::Create(const Options& options,
-                                                         std::unique_ptr<Transport> transport,
-                                                         ReportFn report) {
+                                                         Transports transports, ReportFn report) {
   WEIGHTD_ASSIGN_OR_RETURN(std::unique_ptr<MemberTable> members,
                            MemberTable::Create(options.members, report));
   return std::unique_ptr<WorkerCore>(
-      new WorkerCore(options, std::move(members), std::move(transport), std::move(report)));
+      new WorkerCore(options, std::move(members), std::move(transports), std::move(report)));
 }
 
 WorkerCore::WorkerCore(const Options& options, std::unique_ptr<MemberTable> members,
-                       std::unique_ptr<Transport> transport, ReportFn report)
+                       Transports transports, ReportFn report)
     : report_(std::move(report)),
       on_broken_(options.on_broken),
       device_(options.device),
       members_(std::move(members)),
-      transport_(std::move(transport)),
-      runner_(members_.get(), &plans_, transport_.get(), options.num_threads, report_),
+      transports_(std::move(transports)),
+      runner_(members_.get(), &plans_, transports_.direct.get(), transports_.wires.get(),
+              options.num_threads, report_),
       thread_([this] { RunJobs(); }) {}
 
 WorkerCore::~WorkerCore() {
@@ -45,6 +45,11 @@ void WorkerCore::Handle(v1::WorkerCommand command) {
       return members_->Forget(command.forget().member());
     case v1::WorkerCommand::kCancel:
       return Cancel(command.cancel().attempt());
+    case v1::WorkerCommand::kMakeWireId:
+      return MakeWireId(command.make_wire_id().wire());
+    case v1::WorkerCommand::kCloseWire:
+      CancelOpening(command.close_wire().wire());
+      break;
     default:
       break;
   }
@@ -65,6 +70,14 @@ void WorkerCore::Cancel(const v1::AttemptId& attempt) {
         of_job.counter() == attempt.counter()) {
       job->cancelled.store(true);
     }
+  }
+}
+
+void WorkerCore::CancelOpening(uint64_t wire) {
+  const std::lock_guard lock(mutex_);
+  for (const std::unique_ptr<Job>& job : jobs_) {
+    const bool opens = job->command.has_open_wire() && job->command.open_wire().wire() == wire;
+    if (opens) job->cancelled.store(true);
   }
 }
 
@@ -90,10 +103,15 @@ void WorkerCore::RunJob(Job* job) {
       v1::WorkerReport report;
       *report.mutable_done() = runner_.Run(command.run(), &job->cancelled);
       report_(std::move(report));
-      if (transport_->broken() && on_broken_) on_broken_();
-      return;
+      return EndIfBroken();
     }
+    case v1::WorkerCommand::kOpenWire:
+      OpenWire(job);
+      return EndIfBroken();
+    case v1::WorkerCommand::kCloseWire:
+      return CloseWire(command.close_wire().wire());
     case v1::WorkerCommand::kDropPlan:
+      if (transports_.wires != nullptr) transports_.wires->Close(command.drop_plan().plan());
       assemblies_.erase(command.drop_plan().plan());
       return plans_.Drop(command.drop_plan().plan());
     case v1::WorkerCommand::kDropRetained:
@@ -102,6 +120,71 @@ void WorkerCore::RunJob(Job* job) {
       spdlog::warn("command of the daemon is unknown: case={}",
                    static_cast<int>(command.command_case()));
   }
+}
+
+void WorkerCore::EndIfBroken() {
+  const bool broken =
+      transports_.direct->broken() || (transports_.wires != nullptr && transports_.wires->broken());
+  if (broken && on_broken_) on_broken_();
+}
+
+namespace {
+
+Status NoWires(const std::string& device) {
+  return Error(StatusCode::kUnimplemented, reason::kNoPath,
+               "install NCCL on this machine, or use devices whose memory can be mapped",
+               "worker cannot take part in a wire: device={}", device);
+}
+
+}  // namespace
+
+void WorkerCore::MakeWireId(uint64_t wire) {
+  v1::WorkerReport report;
+  v1::WireId& made = *report.mutable_wire_id();
+  made.set_wire(wire);
+  const StatusOr<std::string> id =
+      transports_.wires == nullptr ? NoWires(device_) : transports_.wires->MakeId();
+  if (id.ok()) {
+    made.set_id(*id);
+  } else {
+    *made.mutable_error() = ToProto(WithPhase(id.status(), "build_plan"));
+  }
+  report_(std::move(report));
+}
+
+void WorkerCore::OpenWire(Job* job) {
+  const v1::OpenWire& command = job->command.open_wire();
+  WireTransport* const wires = transports_.wires.get();
+  const auto open = [&]() -> Status {
+    if (wires == nullptr) return NoWires(device_);
+    WEIGHTD_ASSIGN_OR_RETURN(const std::shared_ptr<const LoadedPlan> plan,
+                             plans_.Get(command.plan()));
+    WireTransport::Offer offer{.wire = command.wire(), .plan = command.plan(), .id = command.id()};
+    if (command.deadline_us() != 0) {
+      offer.deadline = Clock::now() + microseconds(command.deadline_us());
+    }
+    static const WireSchedule none;  // slots and links are those of any round
+    return wires->Open(offer, plan->wires.empty() ? none : plan->wires.front(), job->cancelled);
+  };
+  const Status opened = open();
+  v1::WorkerReport report;
+  v1::WireReady& ready = *report.mutable_wire_ready();
+  ready.set_wire(command.wire());
+  if (opened.ok()) {
+    std::erase_if(plan_of_wire_, [&](const auto& old) { return old.second == command.plan(); });
+    plan_of_wire_[command.wire()] = command.plan();
+  } else {
+    *ready.mutable_error() = ToProto(WithPhase(opened, "build_plan"));
+  }
+  if (wires != nullptr) ready.set_staging_bytes(wires->staging_bytes());
+  report_(std::move(report));
+}
+
+void WorkerCore::CloseWire(uint64_t wire) {
+  const auto known = plan_of_wire_.find(wire);
+  if (known == plan_of_wire_.end()) return;
+  transports_.wires->Close(known->second);
+  plan_of_wire_.erase(known);
 }
 
 void WorkerCore::AddPlanPage(const v1::PlanPage& page) {

@@ -14,6 +14,7 @@
 
 #include "daemon/base/status.h"
 #include "daemon/transport/transport.h"
+#include "daemon/transport/wire/wire_transport.h"
 #include "daemon/worker/member_table.h"
 #include "daemon/worker/plan_store.h"
 #include "daemon/worker/step_runner.h"
@@ -33,10 +34,15 @@ class WorkerCore {
     std::function<void()> on_broken;   ///< ends the process: its transport is of no more use
   };
 
+  /// How a worker moves bytes.
+  struct Transports {
+    std::unique_ptr<Transport> direct;
+    std::unique_ptr<WireTransport> wires;  ///< nullptr: it cannot take part in a wire
+  };
+
   /// `report` takes everything that the daemon must hear, from several threads, until the
   /// destructor returns. \error UNAVAILABLE SOCKET, see DataListener
-  static StatusOr<std::unique_ptr<WorkerCore>> Create(const Options& options,
-                                                      std::unique_ptr<Transport> transport,
+  static StatusOr<std::unique_ptr<WorkerCore>> Create(const Options& options, Transports transports,
                                                       ReportFn report);
   /// Cancels what runs and waits for it.
   ~WorkerCore();
@@ -55,21 +61,27 @@ class WorkerCore {
     Status error;  ///< of an earlier page
   };
 
-  WorkerCore(const Options& options, std::unique_ptr<MemberTable> members,
-             std::unique_ptr<Transport> transport, ReportFn report);
+  WorkerCore(const Options& options, std::unique_ptr<MemberTable> members, Transports transports,
+             ReportFn report);
   void Cancel(const v1::AttemptId& attempt);
+  void CancelOpening(uint64_t wire);
   void RunJobs();
   void RunJob(Job* job);
+  void EndIfBroken();
   void AddPlanPage(const v1::PlanPage& page);
+  void MakeWireId(uint64_t wire);
+  void OpenWire(Job* job);
+  void CloseWire(uint64_t wire);
 
   const ReportFn report_;
   const std::function<void()> on_broken_;
   const std::string device_;
   const std::unique_ptr<MemberTable> members_;
-  const std::unique_ptr<Transport> transport_;
+  const Transports transports_;
 
   // Executor thread only.
-  std::map<uint64_t, Assembly> assemblies_;  ///< by plan handle
+  std::map<uint64_t, Assembly> assemblies_;    ///< by plan handle
+  std::map<uint64_t, uint64_t> plan_of_wire_;  ///< of the wires that were opened
   PlanStore plans_;
   StepRunner runner_;
 

@@ -122,7 +122,7 @@ class DaemonStream {
   std::mutex write_mutex_;
 };
 
-v1::WorkerReport MakeHello(const WorkerOptions& options) {
+v1::WorkerReport MakeHello(const WorkerOptions& options, const DevicePlane& plane) {
   char host[256] = "";
   ::gethostname(host, sizeof(host) - 1);
   v1::WorkerReport report;
@@ -134,6 +134,9 @@ v1::WorkerReport MakeHello(const WorkerOptions& options) {
   hello.set_pid(static_cast<uint32_t>(::getpid()));
   hello.set_socket_path(options.socket_path);
   hello.set_token(options.token);
+  hello.set_nccl_version(plane.nccl_version);
+  hello.set_nccl_problem(plane.nccl_problem);
+  hello.mutable_peers()->Add(plane.peers.begin(), plane.peers.end());
   return report;
 }
 
@@ -143,6 +146,7 @@ int RunWorker(const WorkerOptions& options) {
   if (options.owner_fd >= 0) CloseInherited(options.owner_fd);
   InitLog(options.log_level, options.log_format, "worker " + options.device);
   const pid_t parent = ::getppid();
+  PrepareEnvironment(options.device);
   HandleSignals();
   ::prctl(PR_SET_PDEATHSIG, SIGTERM);
   if (::getppid() != parent) {
@@ -178,14 +182,14 @@ int RunWorker(const WorkerOptions& options) {
   core_options.device = options.device;
   core_options.num_threads = options.num_threads;
   StatusOr<std::unique_ptr<WorkerCore>> core =
-      WorkerCore::Create(core_options, std::move(plane->transport),
+      WorkerCore::Create(core_options, std::move(plane->transports),
                          [&stream](v1::WorkerReport report) { stream.Write(report); });
   if (!core.ok()) {
     spdlog::error("worker cannot start: {}", Message(core.status()));
     return kExitCannotStart;
   }
   options.socket_path.copy(socket_path_to_remove, sizeof(socket_path_to_remove) - 1);
-  stream.Write(MakeHello(options));
+  stream.Write(MakeHello(options, *plane));
   v1::WorkerCommand command;
   while (stream.Read(&command)) (*core)->Handle(std::move(command));
   spdlog::info("daemon has closed the stream");

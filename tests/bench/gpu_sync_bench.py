@@ -8,12 +8,13 @@ Cases; those that need more GPUs than there are print why they were not run:
     same_tp2   the same with two trainer ranks and a TP 2 engine, all on one GPU
     moe        Qwen3-30B-A3B shapes with 8 of 48 layers, 1 trainer rank, bfloat16 -> TP 1 engine, same GPU
     peer       8B, trainer rank on GPU 0 -> TP 1 engine on GPU 1 (P2)
+    peer_nccl  the same by pack, NCCL and scatter (worker.path = "wire"); its floor is raw NCCL, tests/bench/floor_nccl.py (P1)
     colocated  8B, trainer ranks on GPUs 0 and 1 -> TP 2 engine on the same two (P3)
 `seconds` is rank 0's wall time in Actor.sync, admission to acknowledgement with verification, median of ROUNDS after one
 warm-up. `floor` is the time of torch's own kernel (dst.copy_(src), one contiguous buffer, same dtypes, on or between the
 same GPUs) for the bytes that land on the busiest GPU, measured by CUDA events in rank 0's process in this run. Bytes are
 bytes landed in engine memory. `worker_mib` is what daemon and worker take before any client, `added_mib` what the syncs
-add on GPU 0 to what the clients hold. Prints one RESULT line per case.
+add on each GPU to what the clients hold. Prints one RESULT line per case.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any, Callable
 
 import torch
 
+from tests.bench import floor_nccl
 from tests.bench.floor_host import machine_facts
 from tests.support.cluster import Cluster
 from tests.support.gpu import gpu_uuids, missing_gpu, usage_settled
@@ -64,6 +66,7 @@ class Case:
     source: str
     trainers: tuple[int, ...]
     engines: tuple[int, ...]
+    path: str = "auto"  # worker.path
 
     @property
     def num_gpus(self) -> int:
@@ -88,6 +91,14 @@ class Case:
             return empty_params(self.config, tp_rank, len(self.engines), torch.bfloat16)
 
 
+def _floor_seconds(case: Case, num_bytes: int, kernel_rate: float) -> float:
+    """Seconds that the bytes of the busiest GPU take without us."""
+    busiest = max(case.engines.count(gpu) for gpu in set(case.engines)) / len(case.engines)
+    if case.path == "wire":
+        return floor_nccl.measure(int(num_bytes * busiest), case.trainers[0], case.engines[0])
+    return num_bytes * busiest / kernel_rate
+
+
 def _floor(case: Case) -> float:
     """Bytes landed per second by a plain kernel on the way of the busiest GPU's bytes."""
     source = torch.device("cuda", case.trainers[0])
@@ -109,7 +120,7 @@ def _floor(case: Case) -> float:
 
 def _trainer(case: Case, address: str, group: str, rank: int, barrier: Any, out: Any) -> None:
     torch.cuda.set_device(case.trainers[rank])
-    rate = _floor(case) if rank == 0 else 0.0
+    rate = _floor(case) if rank == 0 and case.path == "auto" else 0.0
     dtype, world = getattr(torch, case.source), len(case.trainers)
     source = {}
     for name, shape in case.shapes().items():
@@ -172,7 +183,7 @@ def run(case: Case) -> dict[str, Any]:
     spawn = mp.get_context("spawn")
     empty = usage_settled()
     devices = ", ".join(f'"{uuid}"' for uuid in gpu_uuids()[: case.num_gpus])
-    with Cluster(f"[worker]\ndevices = [{devices}]\n") as cluster:
+    with Cluster(f'[worker]\ndevices = [{devices}]\npath = "{case.path}"\n') as cluster:
         time.sleep(3)  # the worker's context
         worker_mib = usage_settled() - empty
         parties = len(case.trainers) + len(case.engines) + 1
@@ -192,11 +203,11 @@ def run(case: Case) -> dict[str, Any]:
             for _ in case.engines:
                 ready.get(timeout=120)
             barrier.wait(120)
-            before = usage_settled()
+            before = [usage_settled(gpu) for gpu in range(case.num_gpus)]
             barrier.wait(120)
             result = out.get(timeout=300)
             barrier.wait(120)
-            result["added_mib"] = usage_settled() - before
+            result["added_mib"] = [usage_settled(gpu) - was for gpu, was in enumerate(before)]
             barrier.wait(120)
         except BaseException:
             print(cluster.logs(), file=sys.stderr)
@@ -205,8 +216,7 @@ def run(case: Case) -> dict[str, Any]:
             for peer in peers:
                 peer.join(60)
                 peer.kill()
-    busiest = max(case.engines.count(gpu) for gpu in set(case.engines)) / len(case.engines)
-    result["floor"] = result["bytes"] * busiest / result["floor_rate"]
+    result["floor"] = _floor_seconds(case, result["bytes"], result.pop("floor_rate"))
     result["ratio"] = result["seconds"] / result["floor"]
     result["over_ms"] = (result["seconds"] - result["floor"]) * 1e3
     result["worker_mib"] = worker_mib
@@ -223,6 +233,10 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "moe": lambda: [Case("moe", MOE, "Qwen3MoeForCausalLM", "bfloat16", (0,), (0,))],
     "peer": lambda: [
         Case(f"peer_{d}", LLAMA, LLAMA_CLASS, d, (0,), (1,)) for d in ("float32", "bfloat16")
+    ],
+    "peer_nccl": lambda: [
+        Case(f"peer_nccl_{d}", LLAMA, LLAMA_CLASS, d, (0,), (1,), "wire")
+        for d in ("float32", "bfloat16")
     ],
     "colocated": lambda: [
         Case(f"colocated_{d}", LLAMA, LLAMA_CLASS, d, (0, 1), (0, 1))

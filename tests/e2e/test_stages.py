@@ -94,11 +94,19 @@ def _train(
 
 
 @pytest.mark.parametrize(
-    ("mesh", "devices"), [("hsdp2x2", ("host",)), ("fsdp4", ("host", "host.1", "host.2"))]
+    ("mesh", "devices", "path"),
+    [
+        ("hsdp2x2", ("host",), "auto"),
+        ("fsdp4", ("host", "host.1", "host.2"), "auto"),
+        ("fsdp4", ("host", "host.1", "host.2"), "wire"),
+    ],
 )
-def test_every_stage_is_converted_bit_for_bit(mesh: str, devices: tuple[str, ...]) -> None:
+def test_every_stage_is_converted_bit_for_bit(
+    mesh: str, devices: tuple[str, ...], path: str
+) -> None:
     """An engine of two ranks in stages beside one that takes everything in place."""
-    with Cluster(f"[worker]\ndevices = {json.dumps(devices)}\n") as cluster:
+    settings = f'[worker]\ndevices = {json.dumps(devices)}\npath = "{path}"\n'
+    with Cluster(settings) as cluster:
         process = cluster.start_engines("engines")
         engines = []
         for engine, tp_rank, tp_size in (("staged", 0, 2), ("staged", 1, 2), ("plain", 0, 1)):

@@ -2,8 +2,9 @@
 layout of ``full_tensor()`` cast to the engine's dtype.
 
 One sync serves four engines at once: TP 1 and 2, each in bfloat16 and float32. Memory is on one
-device, or spread over three, so that several workers write into one engine rank. Workers are the
-daemon's children, or those of trainer and engine ranks (``spawn``).
+device, or spread over three, so that several workers write into one engine rank; or the three
+share no memory, and what one has for another is sent. Workers are the daemon's children, or those of
+trainer and engine ranks (``spawn``).
 """
 
 from __future__ import annotations
@@ -59,15 +60,23 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
+def wired_cluster() -> Iterator[Cluster]:
+    """A daemon whose workers send to each other, in many small turns."""
+    settings = f"[worker]\ndevices = {list(DEVICES)}\n".replace("'", '"')
+    with Cluster(f'{settings}path = "wire"\nwire_bytes = "64KiB"\n') as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def engine_processes(cluster: Cluster) -> list[EngineProcess]:
     """Two processes, so that the ranks of one engine never share one."""
     return [cluster.start_engines(f"engines{i}") for i in range(2)]
 
 
-@pytest.fixture(scope="module")
-def bare_cluster() -> Iterator[Cluster]:
+@pytest.fixture(params=("auto", "wire"))
+def bare_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A daemon without a worker of its own."""
-    with Cluster("[worker]\ndevices = []\n") as running:
+    with Cluster(f'[worker]\ndevices = []\npath = "{request.param}"\n') as running:
         yield running
 
 
@@ -235,6 +244,18 @@ def test_spawned_workers_are_as_exact_and_leave_nothing(
     for process in processes:
         process.close()
     assert [path.name for path in bare_cluster.folder.glob("weightd-worker-*")] == []
+
+
+@pytest.mark.parametrize(
+    ("family", "trainer", "dtype"),
+    [case[:3] for case in CASES if case[3] == DEVICES],
+    ids=_case_id,
+)
+def test_engines_hold_the_golden_layout_after_a_wire(
+    wired_cluster: Cluster, family: str, trainer: str, dtype: torch.dtype
+) -> None:
+    processes = [wired_cluster.start_engines(f"engines-{trainer}-{i}") for i in range(2)]
+    _run_case(wired_cluster, processes, family, trainer, dtype, DEVICES, "daemon")
 
 
 def _run_case(

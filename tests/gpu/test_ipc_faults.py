@@ -6,10 +6,11 @@ Every case stops the worker after its first window, kills one process, and lets 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 import pytest
 
@@ -29,11 +30,28 @@ LARGE = {**CONFIG, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_l
 
 
 class Scene:
-    """Two trainer ranks, a TP 1 engine, and a daemon with failpoints."""
+    """Two trainer ranks, a TP 1 engine, and a daemon with failpoints.
 
-    def __init__(self, gpu: str, folder: Path) -> None:
+    Args:
+        gpu: its UUID.
+        folder: of the failpoints.
+        settings: the daemon's, whole sections; None is one worker for the GPU.
+        trainer_environment: of the trainer ranks' processes.
+        point: failpoint at which `stop_in_transfer` stops a worker.
+    """
+
+    def __init__(
+        self,
+        gpu: str,
+        folder: Path,
+        settings: Optional[str] = None,
+        trainer_environment: Optional[dict[str, str]] = None,
+        point: str = "window.0",
+    ) -> None:
         self.folder = folder
-        self.cluster = Cluster(f'[worker]\ndevices = ["{gpu}"]\n')
+        self.point = point
+        self._trainer_environment = trainer_environment
+        self.cluster = Cluster(settings or f'[worker]\ndevices = ["{gpu}"]\n')
         self.peers: list[Peer] = []
         self.trainers = [self.start(f"trainer{i}", TRAINER) for i in range(2)]
         self.engine = self.start("engine", ENGINES)
@@ -41,7 +59,8 @@ class Scene:
 
     def start(self, name: str, module: str) -> Peer:
         """Starts a process that ends with the scene."""
-        self.peers.append(Peer(self.cluster, name, module))
+        environment = self._trainer_environment if module == TRAINER else None
+        self.peers.append(Peer(self.cluster, name, module, environment))
         return self.peers[-1]
 
     def close(self) -> None:
@@ -77,9 +96,15 @@ class Scene:
         source = save_source(trainers, self.folder)
         assert engine.call("check", key="e", version=self.version, source=str(source)) == []
 
+    def worker_pids(self, devices: tuple[str, ...]) -> dict[str, int]:
+        """Process ids of the workers that the daemon started last, by device."""
+        log = (self.cluster.folder / "daemon.log").read_text(errors="replace")
+        found = re.findall(r"worker started: device=(\S+) pid=(\d+)", log)
+        return {device: int(pid) for device, pid in found if device in devices}
+
     def stop_in_transfer(self) -> Path:
         """Begins a sync and waits until the worker stands still after its first window."""
-        hit = armed(self.folder, "window.0")
+        hit = armed(self.folder, self.point)
         hit.unlink(missing_ok=True)
         self.version += 1
         for trainer in self.trainers:

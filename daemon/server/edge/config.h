@@ -65,12 +65,17 @@ struct LimitsConfig {
 
 /// In worker.devices: every GPU of the machine.
 inline constexpr char kAllGpus[] = "gpu";
+/// In worker.path.
+inline constexpr char kAutoPath[] = "auto";
+inline constexpr char kWirePath[] = "wire";
 
 struct WorkerConfig {
   std::vector<std::string> devices = {"host"};  ///< served, one worker each
   uint64_t threads = 0;                         ///< copying threads per worker; 0 = one per core
   bool peer_check = true;  ///< compare SO_PEERCRED of a member with its registration
   std::chrono::milliseconds restart_backoff{100};  ///< pause before a dead worker is replaced
+  std::string path = kAutoPath;      ///< "wire": never store directly between different devices
+  uint64_t wire_bytes = 192u << 20;  ///< staging of one device for what is sent
   bool operator==(const WorkerConfig&) const = default;
 };
 

@@ -71,6 +71,7 @@ Check CheckOneOf(const std::string& value, std::initializer_list<const char*> al
 
 Check CheckLevel(const std::string& v) { return CheckOneOf(v, {"debug", "info", "warn", "error"}); }
 Check CheckFormat(const std::string& v) { return CheckOneOf(v, {"text", "json"}); }
+Check CheckPath(const std::string& v) { return CheckOneOf(v, {kAutoPath, kWirePath}); }
 Check CheckRetain(const std::string& v) { return CheckOneOf(v, {"none", "host"}); }
 
 struct Unit {
@@ -225,6 +226,8 @@ std::vector<Key> BindKeys(Config* c) {
       {"worker", "threads", CountSlot{&c->worker.threads, 0, 1024, false}},
       {"worker", "peer_check", FlagSlot{&c->worker.peer_check}},
       {"worker", "restart_backoff", duration(&c->worker.restart_backoff)},
+      {"worker", "path", TextSlot{&c->worker.path, CheckPath}},
+      {"worker", "wire_bytes", CountSlot{&c->worker.wire_bytes, kMinWireBytes, 64 * kGiB, true}},
       {"catch_up", "enabled", FlagSlot{&c->catch_up.enabled}},
       {"catch_up", "retain", TextSlot{&c->catch_up.retain, CheckRetain}},
   };

@@ -305,6 +305,10 @@ tensor model.rotary.inv_freq [64]
 )";
   CHECK(RenderPlan(plan, true, {}) == expected);
   CHECK(RenderPlan(plan, false, {.wide = true}) == expected);
+  plan.set_staging_bytes(192u << 20);
+  CHECK(RenderPlan(plan, true, {})
+            .find("\nstaging of what is sent: at most 192.00 MiB of each device, beside NCCL's "
+                  "own\n") != std::string::npos);
 }
 
 TEST_CASE("the daemon is healthy when it does not drain and its workers are attached") {

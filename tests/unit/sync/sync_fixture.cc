@@ -49,6 +49,7 @@ class FakeWorker : public WorkerPort {
       : fixture_(fixture), device_(std::move(device)) {}
   std::string device() const override { return device_; }
   std::string socket_path() const override { return "none"; }
+  WorkerFacts facts() const override { return fixture_.facts[device_]; }
   void SendExpect(MemberId, const std::string&, bool, const std::string&) override {}
   void SendForget(MemberId) override {}
   void SendPlan(const WorkerPlan& plan) override {
@@ -67,10 +68,23 @@ class FakeWorker : public WorkerPort {
          : command.step == Step::kVerify ? "verify"
                                          : "check") +
         round);
+    if (command.step == Step::kTransfer) fixture_.wires_used.push_back(command.wire);
     if (fixture_.script.on_step) return fixture_.script.on_step(device_, command);
     fixture_.StepDone(device_, command);
   }
   void SendCancel(AttemptId) override { Log("cancel"); }
+  void SendMakeWireId(uint64_t wire) override {
+    Log("make wire");
+    fixture_.mailbox.Post(
+        {.kind = Event::Kind::kWireId, .device = device_, .wire = wire, .wire_id = "id"});
+  }
+  void SendOpenWire(const WireOffer& offer) override {
+    Log("open wire");
+    if (offer.id != "id") return;
+    if (fixture_.script.on_open_wire) return fixture_.script.on_open_wire(device_, offer);
+    fixture_.WireReady(device_, offer.wire);
+  }
+  void SendCloseWire(uint64_t) override { Log("close wire"); }
   void Kill(const std::string&) override {
     fixture_.workers_killed.insert(device_);
     fixture_.LoseWorker(device_);
@@ -120,9 +134,6 @@ SyncFixture::SyncFixture(const Scene& scene) : scene_(scene) {
     replicas.push_back(std::move(replica));
     engine_members.push_back(static_cast<MemberId>(100 + i));
   }
-  for (const char* device : {"host", "host.1", "host.2"}) {
-    workers_[device] = std::make_shared<FakeWorker>(*this, device);
-  }
 }
 
 const std::string& SyncFixture::EngineDevice(size_t engine) const {
@@ -154,7 +165,8 @@ SyncReport SyncFixture::Sync(uint64_t version, uint32_t require, bool check_repl
 void SyncFixture::StepDone(const std::string& device, const StepCommand& command) {
   constexpr uint64_t kWord = 42;
   const std::set<std::string> writers(scene_.actor_devices.begin(), scene_.actor_devices.end());
-  StepDone(device, command, command.step == Step::kTransfer ? kWord / writers.size() : kWord);
+  const uint64_t supplied = writers.contains(device) ? kWord / writers.size() : 0;
+  StepDone(device, command, command.step == Step::kTransfer ? supplied : kWord);
 }
 
 void SyncFixture::LoseWorker(const std::string& device) {
@@ -205,7 +217,14 @@ std::vector<ReplicaView> SyncFixture::ViewReplicas() {
 }
 
 std::shared_ptr<WorkerPort> SyncFixture::Worker(const std::string& device) {
-  return workers_down.contains(device) ? nullptr : workers_.at(device);
+  if (workers_down.contains(device)) return nullptr;
+  std::shared_ptr<WorkerPort>& worker = workers_[device];
+  if (worker == nullptr) worker = std::make_shared<FakeWorker>(*this, device);
+  return worker;
+}
+
+void SyncFixture::WireReady(const std::string& device, uint64_t wire, const Status& status) {
+  mailbox.Post({.kind = Event::Kind::kWireReady, .device = device, .status = status, .wire = wire});
 }
 
 void SyncFixture::CommitReplica(const ReplicaView& view, uint64_t version,
@@ -236,7 +255,12 @@ StatusOr<std::shared_ptr<const ReplicaPlan>> SyncFixture::PlanFor(const GroupVie
   worker->source_devices = scene_.actor_devices;
   worker->target_devices = {view.targets.front().rank->device};
   auto plan = std::make_shared<ReplicaPlan>();
-  plan->shares = ShareWork(compiled, worker->source_devices, worker->target_devices);
+  for (const std::string& source : worker->source_devices) {
+    const std::string& target = worker->target_devices.front();
+    if (scene_.wire && source != target) worker->wire_pairs.emplace(source, target);
+  }
+  plan->shares =
+      ShareWork(compiled, worker->source_devices, worker->target_devices, worker->wire_pairs);
   plan->resolved = std::move(resolved);
   plan->compiled = std::make_shared<const CompiledPlan>(std::move(compiled));
   plan->worker = std::move(worker);

@@ -22,6 +22,7 @@ struct Script {
   std::function<void(MemberId, AttemptId)> on_commit;
   std::function<void(const std::string& device, const StepCommand&)> on_step;
   std::function<Digest128(const std::string& device, Digest128)> on_plan;
+  std::function<void(const std::string& device, const WireOffer&)> on_open_wire;
 };
 
 /// Where the memory is, and what the trainer's ranks hold.
@@ -31,6 +32,7 @@ struct Scene {
   std::vector<std::string> engine_devices = {};  ///< the last one is that of all further engines
   std::vector<uint32_t> stages = {};  ///< per engine; the last one is that of all further engines
   bool replicated = false;            ///< both ranks hold all of the tensor, not half of it each
+  bool wire = false;                  ///< between different devices bytes go over a wire
 };
 
 class FakeActor : public ActorPort {
@@ -65,8 +67,11 @@ class SyncFixture : public SessionHost {
   /// "transfer", in a later round "transfer+1", with a device "transfer host.1"; and "engine e0
   /// converts 1".
   std::vector<std::string> worker_log;
-  std::set<std::string> workers_down;    ///< devices
-  std::set<std::string> workers_killed;  ///< devices
+  std::set<std::string> workers_down;        ///< devices
+  std::set<std::string> workers_killed;      ///< devices
+  std::map<std::string, WorkerFacts> facts;  ///< by device
+  std::map<uint64_t, uint64_t> wires;        ///< that are kept, by plan
+  std::vector<uint64_t> wires_used;          ///< by each transfer
   /// Is the member's memory mapped there? Empty: always.
   std::function<bool(MemberId, const std::string& device)> attached;
   SyncOptions sync_options;
@@ -78,6 +83,8 @@ class SyncFixture : public SessionHost {
   /// What a healthy worker answers: the words of all writers add up to that of the verification.
   void StepDone(const std::string& device, const StepCommand& command);
   void LoseWorker(const std::string& device);
+  /// A worker's answer to an offer.
+  void WireReady(const std::string& device, uint64_t wire, const Status& status = {});
   void Lose(MemberId member, bool engine);
 
   GroupView ViewGroup() override { return group; }
@@ -107,6 +114,13 @@ class SyncFixture : public SessionHost {
   void MarkPlanLoaded(uint64_t handle, const std::string& device) override {
     loaded_.emplace(handle, device);
   }
+  uint64_t FindWire(uint64_t plan) override { return wires.contains(plan) ? wires[plan] : 0; }
+  uint64_t NextWire() override { return next_wire_++; }
+  void KeepWire(uint64_t plan, uint64_t wire, const std::vector<std::string>&) override {
+    wires[plan] = wire;
+  }
+  void DropWire(uint64_t plan) override { wires.erase(plan); }
+  std::mutex& issue_mutex() override { return issue_mutex_; }
   void ReserveVersion(uint64_t) override {}
   void ShowProgress(const SyncProgress&, const std::string&) override {}
   const SyncOptions& options() const override { return sync_options; }
@@ -119,6 +133,8 @@ class SyncFixture : public SessionHost {
 
   const Scene scene_;
   uint64_t next_attempt_ = 1;
+  uint64_t next_wire_ = 1;
+  std::mutex issue_mutex_;
   std::set<std::pair<uint64_t, std::string>> loaded_;
   std::map<std::string, std::shared_ptr<const ReplicaPlan>> plans_;  // by engine
   std::map<std::string, std::shared_ptr<WorkerPort>> workers_;       // by device

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "daemon/transport/shm/shm_transport.h"
+#include "daemon/transport/socket/socket_wire.h"
+#include "daemon/transport/wire/host_stage.h"
 #include "daemon/worker/worker_core.h"
 #include "tests/unit/worker/worker_testing.h"
 
@@ -30,13 +32,18 @@ struct WorkerFixture {
     options.members.socket_path = path;
     options.num_threads = 1;
     StatusOr<std::unique_ptr<WorkerCore>> created =
-        WorkerCore::Create(options, std::move(transport),
+        WorkerCore::Create(options, {std::move(transport), Wires()},
                            [this](v1::WorkerReport report) { reports.Add(std::move(report)); });
     REQUIRE(created.ok());
     core = *std::move(created);
     for (int i = 0; i < 32; ++i) shard(i / 16)[i % 16] = 0.5f * static_cast<float>(i) + 1.0f;
     for (int i = 0; i < 4; ++i) bias(0)[i] = bias(1)[i] = -static_cast<float>(i);
     std::memset(engine_memory.as<char>(), 0x77, engine_memory.size_bytes());
+  }
+
+  static std::unique_ptr<WireTransport> Wires() {
+    return std::make_unique<WireTransport>(std::make_unique<SocketWireMaker>(),
+                                           std::make_unique<HostStage>());
   }
 
   float* shard(int rank) { return actor_memory[rank].as<float>(); }
@@ -95,6 +102,9 @@ struct WorkerFixture {
     REQUIRE(loaded.has_value());
     return *loaded;
   }
+  /// Of transfers that begin from now on.
+  uint64_t wire = 0;
+  milliseconds turn_deadline{0};
   void Start(v1::Step step, const std::vector<uint64_t>& peers = {}, uint64_t version = 1,
              uint64_t deadline_us = 0) {
     v1::WorkerCommand command;
@@ -108,6 +118,8 @@ struct WorkerFixture {
     run.set_version(version);
     run.set_deadline_us(deadline_us);
     run.set_round(round);
+    run.set_wire(wire);
+    run.set_turn_deadline_us(static_cast<uint64_t>(turn_deadline.count()) * 1000);
     core->Handle(std::move(command));
   }
   v1::StepDone Run(v1::Step step, const std::vector<uint64_t>& peers = {}, uint64_t version = 1) {

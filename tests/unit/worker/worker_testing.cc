@@ -67,6 +67,16 @@ std::optional<v1::PlanLoaded> Reports::TakePlan() {
   return report ? std::optional(report->plan_loaded()) : std::nullopt;
 }
 
+std::optional<v1::WireId> Reports::TakeWireId() {
+  const auto report = Take([](const auto& r) { return r.has_wire_id(); });
+  return report ? std::optional(report->wire_id()) : std::nullopt;
+}
+
+std::optional<v1::WireReady> Reports::TakeWireReady() {
+  const auto report = Take([](const auto& r) { return r.has_wire_ready(); });
+  return report ? std::optional(report->wire_ready()) : std::nullopt;
+}
+
 std::optional<v1::MemberAttached> Reports::TakeAttached(uint64_t member) {
   const auto report =
       Take([member](const auto& r) { return r.has_attached() && r.attached().member() == member; });
@@ -215,6 +225,12 @@ std::vector<v1::PlanPage> PagesOf(const PlanInput& plan, uint64_t handle) {
   last.set_digest(plan.digest);
   last.set_window_bytes(plan.limits.bytes);
   last.set_window_operations(plan.limits.operations);
+  for (const auto& [source, target] : plan.wire_pairs) {
+    v1::DevicePair& pair = *last.add_wire_pairs();
+    pair.set_source(source);
+    pair.set_target(target);
+  }
+  last.set_wire_bytes(plan.wire_bytes);
   return pages;
 }
 

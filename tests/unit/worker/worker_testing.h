@@ -68,6 +68,8 @@ class Reports {
   std::optional<v1::WorkerReport> Take(const std::function<bool(const v1::WorkerReport&)>& fits);
   std::optional<v1::StepDone> TakeDone();
   std::optional<v1::PlanLoaded> TakePlan();
+  std::optional<v1::WireId> TakeWireId();
+  std::optional<v1::WireReady> TakeWireReady();
   std::optional<v1::MemberAttached> TakeAttached(uint64_t member);
   std::optional<v1::MemberLost> TakeLost(uint64_t member);
   /// Reports that were not taken.

@@ -1,0 +1,49 @@
+#include "daemon/transport/wire/wire_run.h"
+
+#include <vector>
+
+namespace weightd {
+
+/// Starts the group of the next turn, if its parts are packed and a slot to receive into is free.
+StatusOr<bool> WireRun::StartGroup() {
+  WEIGHTD_ASSIGN_OR_RETURN(const uint32_t packed, stage_.Packed());
+  if (started_ == packed || started_ == scattered_ + kWireSlots) return false;
+  std::vector<WireMessage> group;
+  std::byte* const send = stage_.ring() + SendSlot(schedule_, started_);
+  std::byte* const receive = stage_.ring() + ReceiveSlot(schedule_, started_);
+  for (const WireOp& op : schedule_.sends.ops_of(started_)) {
+    group.push_back({op.peer, true, send + op.offset, op.bytes});
+  }
+  for (const WireOp& op : schedule_.receives.ops_of(started_)) {
+    group.push_back({op.peer, false, receive + op.offset, op.bytes});
+  }
+  if (!group.empty()) {
+    WEIGHTD_ASSIGN_OR_RETURN(const bool ready, wire_.Ready());
+    if (!ready) return false;
+    WEIGHTD_RETURN_IF_ERROR(wire_.Start(group));
+    ++groups_;
+  }
+  needs_[started_++ % kWireSlots] = groups_;
+  return true;
+}
+
+StatusOr<bool> WireRun::Advance() {
+  bool moved = false;
+  if (packing_ < schedule_.num_turns && packing_ < ended_ + kWireSlots) {
+    WEIGHTD_RETURN_IF_ERROR(stage_.Pack(packing_++));
+    moved = true;
+  }
+  WEIGHTD_ASSIGN_OR_RETURN(const bool started, StartGroup());
+  moved = moved || started;
+  WEIGHTD_ASSIGN_OR_RETURN(const uint64_t groups_ended, wire_.Ended());
+  while (ended_ < started_ && needs_[ended_ % kWireSlots] <= groups_ended) {
+    WEIGHTD_RETURN_IF_ERROR(stage_.Scatter(ended_++));
+    moved = true;
+  }
+  WEIGHTD_ASSIGN_OR_RETURN(const uint32_t scattered, stage_.Scattered());
+  moved = moved || scattered != scattered_;
+  scattered_ = scattered;
+  return moved;
+}
+
+}  // namespace weightd
