@@ -47,7 +47,7 @@ class Inbox {
     parcel.bytes = pieces_.TargetElements(piece_) * element_bytes_;
     parcel.staged_bytes = AlignUp(parcel.bytes);
     parcel.copy = pieces_[piece_++];
-    next_ = std::move(parcel);
+    next_ = parcel;
   }
 
   /// Cuts the next copy that comes over the wire; false if there is none.
@@ -189,6 +189,7 @@ WireSchedule ScheduleWire(const WireInput& input, const std::string& device) {
   WEIGHTD_CHECK(input.wire_bytes >= kMinWireBytes);
   schedule.rank = static_cast<uint32_t>(own - devices.begin());
   std::vector<WireSlots> slots;
+  slots.reserve(devices.size());
   for (const std::string& each : devices) {
     slots.push_back(SlotsOf(input.pairs, each, input.wire_bytes));
   }

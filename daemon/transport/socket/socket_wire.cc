@@ -64,8 +64,8 @@ Status SocketWire::AcceptPeers() {
   for (ScopedFd& stranger : strangers_) {
     uint32_t rank = 0;
     if (::recv(stranger.get(), &rank, sizeof(rank), 0) != sizeof(rank)) continue;
-    if (rank > rank_ && rank < peers_.size()) peers_[rank].fd = std::move(stranger);
-    stranger.Reset();
+    ScopedFd known = std::move(stranger);
+    if (rank > rank_ && rank < peers_.size()) peers_[rank].fd = std::move(known);
   }
   std::erase_if(strangers_, [](const ScopedFd& fd) { return !fd.valid(); });
   return absl::OkStatus();

@@ -106,7 +106,7 @@ Status WireTransport::Open(const Offer& offer, const WireSchedule& schedule,
         maker_->Open(offer.id, schedule.rank, static_cast<uint32_t>(schedule.devices.size())));
     return Join(opened, offer, schedule, cancelled);
   };
-  const Status joined = join();
+  Status joined = join();
   if (joined.ok()) {
     wires_[offer.plan] = std::move(opened);
     return joined;
