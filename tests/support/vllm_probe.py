@@ -14,6 +14,8 @@ import torch
 _SEED = 11
 _DEPTH = 3  # of objects below a module
 
+torch.cpu._init_amx()  # vLLM's attention uses tiles, but does not ask the kernel for them
+
 
 class Probe:
     """Methods for `collective_rpc`; ``self`` is the worker."""
