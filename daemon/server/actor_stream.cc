@@ -2,6 +2,7 @@
 
 #include "daemon/base/log.h"
 #include "daemon/base/version.h"
+#include "daemon/server/client_port.h"
 #include "daemon/server/report_proto.h"
 #include "daemon/wire/convert.h"
 
@@ -10,19 +11,11 @@ namespace {
 
 class ActorStream;
 
-class Port : public ActorPort {
+class Port : public ClientPort<ActorPort, ActorStream, v1::ActorEvent> {
  public:
-  explicit Port(ActorStream* stream) : handle_(stream) {}
+  using ClientPort::ClientPort;
   void SendProgress(uint64_t request, const SyncProgress& progress) override;
   void SendReport(uint64_t request, const SyncReport& report) override;
-  void SendWorkerChanged(const WorkerEndpoint& endpoint) override;
-  void SendStartWorker(const WorkerOrder& order) override;
-  void SendStopWorker(const std::string& device, bool again, const std::string& why) override;
-  void Send(v1::ActorEvent event);
-  StreamHandle<ActorStream>& handle() { return handle_; }
-
- private:
-  StreamHandle<ActorStream> handle_;
 };
 
 class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
@@ -210,10 +203,6 @@ class ActorStream : public Stream<v1::ActorRequest, v1::ActorEvent> {
   TensorTable table_;
 };
 
-void Port::Send(v1::ActorEvent event) {
-  handle_.With([&](ActorStream& stream) { stream.Send(std::move(event)); });
-}
-
 void Port::SendProgress(uint64_t request, const SyncProgress& progress) {
   v1::ActorEvent event;
   v1::SyncProgress* proto = event.mutable_progress();
@@ -226,24 +215,6 @@ void Port::SendReport(uint64_t request, const SyncReport& report) {
   v1::ActorEvent event;
   *event.mutable_result() = ToProto(report);
   event.mutable_result()->set_request(request);
-  Send(std::move(event));
-}
-
-void Port::SendWorkerChanged(const WorkerEndpoint& endpoint) {
-  v1::ActorEvent event;
-  *event.mutable_worker_changed() = ToProto(endpoint);
-  Send(std::move(event));
-}
-
-void Port::SendStartWorker(const WorkerOrder& order) {
-  v1::ActorEvent event;
-  *event.mutable_start_worker() = ToProto(order);
-  Send(std::move(event));
-}
-
-void Port::SendStopWorker(const std::string& device, bool again, const std::string& why) {
-  v1::ActorEvent event;
-  *event.mutable_stop_worker() = StopWorker(device, again, why);
   Send(std::move(event));
 }
 

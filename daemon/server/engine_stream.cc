@@ -2,6 +2,7 @@
 
 #include "daemon/base/log.h"
 #include "daemon/base/version.h"
+#include "daemon/server/client_port.h"
 #include "daemon/server/report_proto.h"
 #include "daemon/wire/convert.h"
 
@@ -13,22 +14,14 @@ constexpr size_t kMaxTracedWrites = size_t{1} << 22;
 
 class EngineStream;
 
-class Port : public EnginePort {
+class Port : public ClientPort<EnginePort, EngineStream, v1::EngineEvent> {
  public:
-  explicit Port(EngineStream* stream) : handle_(stream) {}
+  using ClientPort::ClientPort;
   void SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) override;
   void SendConvert(AttemptId attempt, uint32_t stage) override;
   void SendCommit(AttemptId attempt, uint64_t version) override;
   void SendOutcome(AttemptId attempt, const ReplicaOutcome& outcome, bool untouched) override;
   void SendIdle(uint64_t version, const Status& why) override;
-  void SendWorkerChanged(const WorkerEndpoint& endpoint) override;
-  void SendStartWorker(const WorkerOrder& order) override;
-  void SendStopWorker(const std::string& device, bool again, const std::string& why) override;
-  void Send(v1::EngineEvent event);
-  StreamHandle<EngineStream>& handle() { return handle_; }
-
- private:
-  StreamHandle<EngineStream> handle_;
 };
 
 class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
@@ -236,10 +229,6 @@ class EngineStream : public Stream<v1::EngineRequest, v1::EngineEvent> {
   std::vector<Write> traced_writes_;
 };
 
-void Port::Send(v1::EngineEvent event) {
-  handle_.With([&](EngineStream& stream) { stream.Send(std::move(event)); });
-}
-
 void Port::SendPrepare(AttemptId attempt, uint64_t version, bool catch_up) {
   v1::EngineEvent event;
   *event.mutable_prepare()->mutable_attempt() = ToProto(attempt);
@@ -278,24 +267,6 @@ void Port::SendIdle(uint64_t version, const Status& why) {
   v1::EngineEvent event;
   event.mutable_idle()->set_version(version);
   if (!why.ok()) *event.mutable_idle()->mutable_error() = ToProto(why);
-  Send(std::move(event));
-}
-
-void Port::SendWorkerChanged(const WorkerEndpoint& endpoint) {
-  v1::EngineEvent event;
-  *event.mutable_worker_changed() = ToProto(endpoint);
-  Send(std::move(event));
-}
-
-void Port::SendStartWorker(const WorkerOrder& order) {
-  v1::EngineEvent event;
-  *event.mutable_start_worker() = ToProto(order);
-  Send(std::move(event));
-}
-
-void Port::SendStopWorker(const std::string& device, bool again, const std::string& why) {
-  v1::EngineEvent event;
-  *event.mutable_stop_worker() = StopWorker(device, again, why);
   Send(std::move(event));
 }
 

@@ -140,50 +140,34 @@ void Coordinator::RequestSync(ActorSession& session, SyncRequest request) {
   Enqueue(room, std::move(job));
 }
 
-void Coordinator::CancelSync(ActorSession& session) {
+template <typename Session>
+void Coordinator::PostFrom(const Session& session, Event event) {
   const std::lock_guard lock(mu_);
   if (session.room == nullptr) return;
-  Event event;
-  event.kind = Event::Kind::kCancelled;
   event.member = session.member;
   Post(*session.room, event);
 }
 
+void Coordinator::CancelSync(ActorSession& session) {
+  PostFrom(session, {.kind = Event::Kind::kCancelled});
+}
+
 void Coordinator::Quiesced(EngineSession& session, AttemptId attempt, const Status& status) {
-  const std::lock_guard lock(mu_);
-  if (session.room == nullptr) return;
-  Event event;
-  event.kind = Event::Kind::kQuiesced;
-  event.member = session.member;
-  event.attempt = attempt;
-  event.status = status;
-  Post(*session.room, event);
+  PostFrom(session, {.kind = Event::Kind::kQuiesced, .attempt = attempt, .status = status});
 }
 
 void Coordinator::Converted(EngineSession& session, AttemptId attempt, uint32_t stage,
                             const Status& status) {
-  const std::lock_guard lock(mu_);
-  if (session.room == nullptr) return;
-  Event event;
-  event.kind = Event::Kind::kConverted;
-  event.member = session.member;
-  event.attempt = attempt;
+  Event event{.kind = Event::Kind::kConverted, .attempt = attempt, .status = status};
   event.stage = stage;
-  event.status = status;
-  Post(*session.room, event);
+  PostFrom(session, std::move(event));
 }
 
 void Coordinator::Committed(EngineSession& session, AttemptId attempt, const Status& status,
                             std::vector<std::string> caches_reset) {
-  const std::lock_guard lock(mu_);
-  if (session.room == nullptr) return;
-  Event event;
-  event.kind = Event::Kind::kCommitted;
-  event.member = session.member;
-  event.attempt = attempt;
-  event.status = status;
+  Event event{.kind = Event::Kind::kCommitted, .attempt = attempt, .status = status};
   event.caches = std::move(caches_reset);
-  Post(*session.room, event);
+  PostFrom(session, std::move(event));
 }
 
 void Coordinator::WorkerUp(std::shared_ptr<WorkerPort> worker, uint32_t pid) {

@@ -223,6 +223,8 @@ class Coordinator {
   void RemoveMember(MemberId member);
   void LoseWorker(const std::string& device, const Status& cause);
   void Post(ModelRoom& room, const Event& event);
+  template <typename Session>
+  void PostFrom(const Session& session, Event event);
   void Enqueue(ModelRoom& room, Job job);
   void RunJobs(ModelRoom& room);
   void MaybeRetain(ModelRoom& room);

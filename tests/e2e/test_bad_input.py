@@ -3,7 +3,6 @@ and no byte of any engine is written."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.cluster import Cluster, missing_binaries
+from tests.support.fixtures import cluster, model  # noqa: F401
 from tests.support.llama_engine import empty_params, first_difference, source_shapes
 from tests.support.trainer_ranks import open_ranks, register_all, row_shard, sync_all
 from weightd import Ack, Actor, EngineRank, Error, errors, new_group
@@ -34,22 +34,8 @@ CONFIG = {
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 AT_ONCE_SECONDS = 8.0  # far below the deadlines of the phases, which are the defaults (15 s)
-_models = itertools.count()
 
 Source = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A daemon for all cases; each case has its own model key."""
-    with Cluster() as running:
-        yield running
-
-
-@pytest.fixture
-def model() -> str:
-    """A key that no other case uses."""
-    return f"bad-{next(_models)}"
 
 
 def _source() -> Source:

@@ -29,8 +29,8 @@ from tests.support.checkpoints import (
     save_model,
 )
 from tests.support.cluster import Cluster
+from tests.support.fixtures import checkpoint, cluster, model  # noqa: F401
 from tests.support.poisoned_engine import PoisonedEngine
-from tests.support.push_fixtures import checkpoint, cluster, model  # noqa: F401
 from weightd import Actor, errors
 
 pytestmark = pytest.mark.skipif(bool(missing_weightctl()), reason=missing_weightctl() or "-")

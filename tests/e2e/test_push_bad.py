@@ -24,8 +24,8 @@ from tests.support.checkpoints import (
     push,
 )
 from tests.support.cluster import Cluster
+from tests.support.fixtures import checkpoint, cluster, model  # noqa: F401
 from tests.support.poisoned_engine import PoisonedEngine
-from tests.support.push_fixtures import checkpoint, cluster, model  # noqa: F401
 
 pytestmark = pytest.mark.skipif(bool(missing_weightctl()), reason=missing_weightctl() or "-")
 

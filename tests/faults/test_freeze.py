@@ -9,62 +9,41 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.cluster import missing_binaries
 from tests.support.fault_roles import freeze
-from tests.support.faults import SURVIVOR_SECONDS, Scene, poll
+from tests.support.fault_steps import DEADLINES, check_deadline, ready
+from tests.support.faults import poll
 
 pytestmark = pytest.mark.skipif(bool(missing_binaries()), reason=missing_binaries() or "-")
 
-DEADLINE_SECONDS = 2.0
-FENCE_SECONDS = 3.0  # how long a worker may take to let go before it is killed
-SETTINGS = "[deadlines]\n" + "".join(
-    f'{phase} = "2s"\n' for phase in ("admit", "prepare", "transfer", "verify", "commit")
-)
-
-
-def _ready(folder: Path) -> Scene:
-    scene = Scene(folder, SETTINGS)
-    scene.start_actors()
-    scene.start_engine()
-    scene.sync_ok(1)
-    return scene
-
-
-def _check_deadline(answer: dict[str, Any], peer: str, phases: set[str], began: float) -> None:
-    taken = time.monotonic() - began
-    assert answer["ack"] is None and answer["reason"] == "DEADLINE", answer
-    assert peer in answer["peer"] and answer["phase"] in phases and answer["remedy"], answer
-    assert taken < DEADLINE_SECONDS + FENCE_SECONDS + SURVIVOR_SECONDS, (taken, answer)
-
 
 def test_frozen_actor_fails_the_sync_and_takes_no_part_when_it_wakes(tmp_path: Path) -> None:
-    with _ready(tmp_path) as scene:
+    with ready(tmp_path, DEADLINES) as scene:
         content = [player.call("content") for player in scene.engines.values()]
         scene.actors[1].freeze()
         began = time.monotonic()
         scene.begin_sync(2)
-        _check_deadline(scene.actors[0].answer(), "actor 1", {"admit"}, began)
+        check_deadline(scene.actors[0].answer(), "actor 1", {"admit"}, began)
         scene.assert_serving(1)
         scene.actors[1].thaw()
         late = scene.actors[1].answer()  # its own sync() finds nobody
-        _check_deadline(late, "actor 0", {"admit"}, began)
+        check_deadline(late, "actor 0", {"admit"}, began)
         assert [player.call("content") for player in scene.engines.values()] == content
         scene.assert_truthful()
         scene.sync_ok(3)
 
 
 def test_frozen_engine_rank_fails_its_replica_untouched(tmp_path: Path) -> None:
-    with _ready(tmp_path) as scene:
+    with ready(tmp_path, DEADLINES) as scene:
         frozen = scene.engines["e0", 1]
         content = [player.call("content") for player in scene.engines.values()]
         frozen.freeze()
         began = time.monotonic()
         for answer in scene.sync(2):
-            _check_deadline(answer, "engine e0 dp 0 pp 0 tp 1", {"prepare"}, began)
+            check_deadline(answer, "engine e0 dp 0 pp 0 tp 1", {"prepare"}, began)
         frozen.thaw()
         frozen.call("wait", state="SERVING")
         assert [player.call("content") for player in scene.engines.values()] == content
@@ -74,7 +53,7 @@ def test_frozen_engine_rank_fails_its_replica_untouched(tmp_path: Path) -> None:
 
 
 def test_engine_rank_that_freezes_before_the_publication_does_not_serve(tmp_path: Path) -> None:
-    with _ready(tmp_path) as scene:
+    with ready(tmp_path, DEADLINES) as scene:
         scene.points.arm("before_publish")
         began = time.monotonic()
         scene.begin_sync(2)
@@ -83,7 +62,7 @@ def test_engine_rank_that_freezes_before_the_publication_does_not_serve(tmp_path
         frozen.freeze()
         scene.points.release("before_publish")
         for actor in scene.actors.values():
-            _check_deadline(actor.answer(), "engine e0 dp 0 pp 0 tp 1", {"commit"}, began)
+            check_deadline(actor.answer(), "engine e0 dp 0 pp 0 tp 1", {"commit"}, began)
         assert scene.engine_status()["ready"] is False
         frozen.thaw()
         for player in scene.engines.values():
@@ -93,12 +72,12 @@ def test_engine_rank_that_freezes_before_the_publication_does_not_serve(tmp_path
 
 
 def test_frozen_worker_is_killed_and_replaced(tmp_path: Path) -> None:
-    with _ready(tmp_path) as scene:
+    with ready(tmp_path, DEADLINES) as scene:
         worker = scene.worker_pid()
         freeze(worker)
         began = time.monotonic()
         for answer in scene.sync(2):
-            _check_deadline(answer, "worker", {"build_plan", "prepare", "transfer"}, began)
+            check_deadline(answer, "worker", {"build_plan", "prepare", "transfer"}, began)
         scene.assert_truthful()
         # It wrote nothing, or was killed before anybody was told: it may wake now.
         content = [player.call("content") for player in scene.engines.values()]
@@ -111,7 +90,7 @@ def test_frozen_worker_is_killed_and_replaced(tmp_path: Path) -> None:
 
 
 def test_frozen_worker_writes_nothing_after_the_error(tmp_path: Path) -> None:
-    with _ready(tmp_path) as scene:
+    with ready(tmp_path, DEADLINES) as scene:
         worker = scene.worker_pid()
         scene.points.arm("window.0")
         began = time.monotonic()
@@ -120,7 +99,7 @@ def test_frozen_worker_writes_nothing_after_the_error(tmp_path: Path) -> None:
         freeze(worker)
         scene.points.release("window.0")
         for actor in scene.actors.values():
-            _check_deadline(actor.answer(), "worker", {"transfer"}, began)
+            check_deadline(actor.answer(), "worker", {"transfer"}, began)
         content = [player.call("content") for player in scene.engines.values()]
         poll("the frozen worker is gone", lambda: scene.worker_pid() != worker)
         scene.assert_truthful()

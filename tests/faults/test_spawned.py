@@ -17,15 +17,12 @@ import pytest
 
 from tests.support.cluster import missing_binaries
 from tests.support.fault_roles import freeze
+from tests.support.fault_steps import DEADLINE_SECONDS, DEADLINES, FENCE_SECONDS
 from tests.support.faults import SURVIVOR_SECONDS, Scene, poll, weightctl
 from weightd import new_group
 
 pytestmark = pytest.mark.skipif(bool(missing_binaries()), reason=missing_binaries() or "-")
 
-FENCE_SECONDS = 3.0
-DEADLINES = "[deadlines]\n" + "".join(
-    f'{phase} = "2s"\n' for phase in ("admit", "prepare", "transfer", "verify", "commit")
-)
 
 
 @pytest.fixture
@@ -158,7 +155,7 @@ def test_frozen_worker_is_killed_by_its_owner(tmp_path: Path) -> None:
         freeze(worker)
         scene.points.release("window.1")
         for actor in scene.actors.values():
-            answer = actor.answer(2.0 + FENCE_SECONDS + SURVIVOR_SECONDS)
+            answer = actor.answer(DEADLINE_SECONDS + FENCE_SECONDS + SURVIVOR_SECONDS)
             assert (answer["reason"], answer["phase"]) == ("DEADLINE", "transfer"), answer
         poll("worker was killed", lambda: not Path(f"/proc/{worker}").exists())
         scene.sync_ok(3)

@@ -7,10 +7,8 @@ host's worker only sends, that of host.2 only receives, that of host.1 does both
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -18,25 +16,29 @@ import pytest
 
 from tests.support.cluster import missing_binaries
 from tests.support.fault_roles import freeze
-from tests.support.faults import SURVIVOR_SECONDS, Scene, poll, weightctl
+from tests.support.fault_steps import (
+    DEADLINES,
+    check_deadline,
+    check_undisturbed,
+    kill_each_idle_worker,
+    ready,
+    shown_plan,
+    worker_pids,
+)
+from tests.support.faults import SURVIVOR_SECONDS, Scene, poll
 
 pytestmark = pytest.mark.skipif(bool(missing_binaries()), reason=missing_binaries() or "-")
 
 DEVICES = ("host", "host.1", "host.2")
 WIRE = 'path = "wire"\nwire_bytes = "64KiB"\n\n'
-DEADLINES = "[deadlines]\n" + "".join(
-    f'{phase} = "2s"\n' for phase in ("admit", "prepare", "transfer", "verify", "commit")
-)
-DEADLINE_SECONDS = 2.0
-FENCE_SECONDS = 3.0
 
 
 def _ready(folder: Path, settings: str = "") -> Scene:
-    scene = Scene(folder, WIRE + settings, DEVICES)
-    scene.start_actors()
-    scene.start_engine()
-    scene.sync_ok(1)
-    return scene
+    return ready(folder, WIRE + settings, DEVICES)
+
+
+def _others(scene: Scene, device: str) -> dict[str, int]:
+    return worker_pids(scene, (other for other in DEVICES if other != device))
 
 
 def _assert_named(scene: Scene, killed: float, reason: str, peer: str) -> None:
@@ -53,19 +55,13 @@ def test_three_versions_over_the_wire_are_exact(tmp_path: Path) -> None:
     with _ready(tmp_path) as scene:
         for version in (2, 3):
             scene.sync_ok(version)
-        for device in DEVICES:
-            worker = scene.worker(device)
-            assert worker["attached"] and int(worker["restarts"]) == 0, worker
         # Nobody lends to another worker than that of his own device.
-        members = {device: scene.worker(device)["members"] for device in DEVICES}
-        assert members == {"host": 1, "host.1": 2, "host.2": 1}, members
-        command = [weightctl(), "--address", scene.cluster.address]
-        command += ["plan", "show", "--model", scene.model, "-o", "json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        assert int(json.loads(done.stdout)["staging_bytes"]) == 64 << 10
+        check_undisturbed(scene, {"host": 1, "host.1": 2, "host.2": 1})
+        plan = shown_plan(scene)
+        assert int(plan["staging_bytes"]) == 64 << 10
         paths = {
             (pair["source_device"], pair["target_device"]): (pair["path"], pair["reason"])
-            for pair in json.loads(done.stdout)["pairs"]
+            for pair in plan["pairs"]
         }
         wire = ("socket", 'worker.path is "wire"')
         assert paths == {
@@ -80,7 +76,7 @@ def test_three_versions_over_the_wire_are_exact(tmp_path: Path) -> None:
 def test_killed_worker_is_named_and_the_next_wire_works(tmp_path: Path, device: str) -> None:
     point = f"wire.{device}.0"
     with _ready(tmp_path) as scene:
-        others = {other: scene.worker_pid(other) for other in DEVICES if other != device}
+        others = _others(scene, device)
         victim = scene.worker_pid(device)
         scene.points.arm(point)
         scene.begin_sync(2)
@@ -94,17 +90,13 @@ def test_killed_worker_is_named_and_the_next_wire_works(tmp_path: Path, device: 
         poll("worker is replaced", lambda: scene.worker_pid(device) != victim)
         scene.sync_ok(3)
         scene.sync_ok(4)
-        assert {other: scene.worker_pid(other) for other in others} == others
+        assert _others(scene, device) == others
         scene.assert_sockets()
 
 
 def test_idle_worker_that_dies_costs_one_wire(tmp_path: Path) -> None:
     with _ready(tmp_path) as scene:
-        for version, device in enumerate(DEVICES, start=2):
-            os.kill(scene.worker_pid(device), signal.SIGKILL)
-            poll("worker is missed", lambda: int(scene.worker(device).get("restarts", 0)) > 0)
-            scene.worker_pid(device)
-            scene.sync_ok(version)
+        kill_each_idle_worker(scene, first_version=2)
 
 
 @pytest.mark.parametrize("victim", ("actor", "engine"))
@@ -115,7 +107,7 @@ def test_killed_client_ends_the_wire_on_all_workers(
     """One worker is held after its first turn, so that the others wait for it when a client dies."""
     point = f"wire.{stopped}.0"
     with _ready(tmp_path) as scene:
-        workers = {device: scene.worker_pid(device) for device in DEVICES}
+        workers = worker_pids(scene, DEVICES)
         scene.points.arm(point)
         scene.begin_sync(2)
         scene.points.wait(point)
@@ -138,14 +130,14 @@ def test_killed_client_ends_the_wire_on_all_workers(
         else:
             scene.begin_engine(1).answer()
         scene.sync_ok(3)
-        assert {device: scene.worker_pid(device) for device in DEVICES} == workers
+        assert worker_pids(scene, DEVICES) == workers
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_frozen_worker_is_named_and_replaced_alone(tmp_path: Path, device: str) -> None:
     point = f"wire.{device}.0"
     with _ready(tmp_path, DEADLINES) as scene:
-        others = {other: scene.worker_pid(other) for other in DEVICES if other != device}
+        others = _others(scene, device)
         frozen = scene.worker_pid(device)
         scene.points.arm(point)
         began = time.monotonic()
@@ -154,15 +146,11 @@ def test_frozen_worker_is_named_and_replaced_alone(tmp_path: Path, device: str) 
         freeze(frozen)
         scene.points.release(point)
         for actor in scene.actors.values():
-            answer = actor.answer()
-            taken = time.monotonic() - began
-            assert (answer["ack"], answer["reason"]) == (None, "DEADLINE"), answer
-            assert device in answer["peer"] and answer["phase"] == "transfer", answer
-            assert taken < DEADLINE_SECONDS + FENCE_SECONDS + SURVIVOR_SECONDS, (taken, answer)
+            check_deadline(actor.answer(), device, {"transfer"}, began)
         poll("the frozen worker is gone", lambda: scene.worker_pid(device) != frozen)
         scene.assert_truthful()
         scene.sync_ok(3)
-        assert {other: scene.worker_pid(other) for other in others} == others
+        assert _others(scene, device) == others
 
 
 def test_two_replicas_have_a_wire_each(tmp_path: Path) -> None:

@@ -6,64 +6,49 @@ only writes, that of host.2 only verifies, that of host.1 does both.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.cluster import missing_binaries
 from tests.support.fault_roles import freeze
-from tests.support.faults import SURVIVOR_SECONDS, Scene, poll, weightctl
+from tests.support.fault_steps import (
+    DEADLINES,
+    check_deadline,
+    check_undisturbed,
+    kill_each_idle_worker,
+    ready,
+    shown_plan,
+    worker_pids,
+)
+from tests.support.faults import SURVIVOR_SECONDS, Scene, poll
 
 pytestmark = pytest.mark.skipif(bool(missing_binaries()), reason=missing_binaries() or "-")
 
 DEVICES = ("host", "host.1", "host.2")
-DEADLINE_SECONDS = 2.0
-FENCE_SECONDS = 3.0
-DEADLINES = "[deadlines]\n" + "".join(
-    f'{phase} = "2s"\n' for phase in ("admit", "prepare", "transfer", "verify", "commit")
-)
 # Where a worker is stopped in the middle of its part.
 POINTS = {"host": "window.0", "host.1": "window.0", "host.2": "worker.before_verify"}
 PHASES = {"window.0": "transfer", "worker.before_verify": "verify"}
 
 
 def _ready(folder: Path, settings: str = "") -> Scene:
-    scene = Scene(folder, settings, DEVICES)
-    scene.start_actors()
-    scene.start_engine()
-    scene.sync_ok(1)
-    return scene
+    return ready(folder, settings, DEVICES)
 
 
 def _others(scene: Scene, device: str) -> dict[str, int]:
-    return {other: scene.worker_pid(other) for other in DEVICES if other != device}
-
-
-def _plan(scene: Scene) -> dict[str, Any]:
-    command = [weightctl(), "--address", scene.cluster.address]
-    command += ["plan", "show", "--model", scene.model, "-o", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return worker_pids(scene, (other for other in DEVICES if other != device))
 
 
 def test_three_versions_over_three_devices_are_exact(tmp_path: Path) -> None:
     with _ready(tmp_path) as scene:
         for version in (2, 3):
             scene.sync_ok(version)
-        for device in DEVICES:
-            worker = scene.worker(device)
-            assert worker["attached"] and int(worker["restarts"]) == 0, worker
         # Engine ranks lend their memory to the workers of the trainer's devices and their own.
-        members = {device: scene.worker(device)["members"] for device in DEVICES}
-        assert members == {"host": 3, "host.1": 3, "host.2": 1}, members
-        pairs = _plan(scene)["pairs"]
+        check_undisturbed(scene, {"host": 3, "host.1": 3, "host.2": 1})
+        pairs = shown_plan(scene)["pairs"]
         assert {(pair["path"], pair["reason"]) for pair in pairs} == {
             ("shm", "both in host memory of this host")
         }
@@ -116,11 +101,8 @@ def test_frozen_worker_is_named_and_replaced_alone(tmp_path: Path, device: str) 
         scene.points.release(point)
         for actor in scene.actors.values():
             answer = actor.answer()
-            taken = time.monotonic() - began
-            assert (answer["ack"], answer["reason"]) == (None, "DEADLINE"), answer
+            check_deadline(answer, f"worker {device}", {PHASES[point]}, began)
             assert answer["peer"] == f"worker {device}", answer
-            assert answer["phase"] == PHASES[point], answer
-            assert taken < DEADLINE_SECONDS + FENCE_SECONDS + SURVIVOR_SECONDS, (taken, answer)
         content = [player.call("content") for player in scene.engines.values()]
         poll("the frozen worker is gone", lambda: scene.worker_pid(device) != frozen)
         scene.assert_truthful()
@@ -131,11 +113,7 @@ def test_frozen_worker_is_named_and_replaced_alone(tmp_path: Path, device: str) 
 
 def test_idle_worker_that_dies_is_replaced_and_everybody_attaches_again(tmp_path: Path) -> None:
     with _ready(tmp_path) as scene:
-        for version, device in enumerate(DEVICES, start=2):
-            os.kill(scene.worker_pid(device), signal.SIGKILL)
-            poll("worker is missed", lambda: int(scene.worker(device).get("restarts", 0)) > 0)
-            scene.worker_pid(device)
-            scene.sync_ok(version)
+        kill_each_idle_worker(scene, first_version=2)
 
 
 def test_engine_catches_up_from_a_peer_on_other_devices(tmp_path: Path) -> None:

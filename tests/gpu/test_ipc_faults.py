@@ -5,6 +5,7 @@ Every case stops the worker after its first window, kills one process, and lets 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -113,10 +114,9 @@ class Scene:
         return hit
 
 
-@pytest.fixture()
-def scene(gpu: str, failpoints: Path) -> Iterator[Scene]:
-    """Opened, and synced once."""
-    made = Scene(gpu, failpoints)
+@contextlib.contextmanager
+def opened(made: Scene) -> Iterator[Scene]:
+    """Opened, and synced once; ended afterwards."""
     try:
         made.open_trainers(made.trainers)
         made.open_engine(made.engine)
@@ -125,7 +125,15 @@ def scene(gpu: str, failpoints: Path) -> Iterator[Scene]:
     except AssertionError as error:
         pytest.fail(f"{error}\n{made.cluster.logs()}")
     finally:
+        disarm(made.folder, made.point)
         made.close()
+
+
+@pytest.fixture()
+def scene(gpu: str, failpoints: Path) -> Iterator[Scene]:
+    """See `opened`."""
+    with opened(Scene(gpu, failpoints)) as made:
+        yield made
 
 
 def test_a_killed_engine_is_heard_and_leaves_no_memory(scene: Scene) -> None:

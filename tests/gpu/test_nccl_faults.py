@@ -14,7 +14,7 @@ from typing import Iterator
 
 import pytest
 
-from tests.gpu.test_ipc_faults import HEALED_SECONDS, HEARD_SECONDS, SLACK_MIB, Scene
+from tests.gpu.test_ipc_faults import HEALED_SECONDS, HEARD_SECONDS, SLACK_MIB, Scene, opened
 from tests.gpu.test_ipc_sync import ENGINES, TRAINER
 from tests.gpu.test_nccl_sync import wire_settings, worker_environment
 from tests.support.gpu import disarm, usage_settled, used_mib, wait_until
@@ -27,22 +27,14 @@ WIRE_BYTES = "24MiB"
 def scene(
     gpu: str, failpoints: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[Scene]:
-    """Opened, and synced once."""
+    """See `opened`."""
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     stopped = f"{gpu}.1" if request.param.startswith("sender") else gpu
     made = Scene(
         gpu, failpoints, wire_settings((gpu, f"{gpu}.1"), WIRE_BYTES), worker_environment(1), f"wire.{stopped}.0"
     )
-    try:
-        made.open_trainers(made.trainers)
-        made.open_engine(made.engine)
-        made.sync(made.trainers, made.engine)
+    with opened(made):
         yield made
-    except AssertionError as error:
-        pytest.fail(f"{error}\n{made.cluster.logs()}")
-    finally:
-        disarm(failpoints, made.point)
-        made.close()
 
 
 def _hear(scene: Scene, killed: float, reason: str) -> None:

@@ -14,8 +14,7 @@ import sys
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping
 
 from tests.support import gloo
 from tests.support.cluster import Cluster, EngineCaller
@@ -85,17 +84,6 @@ class ForkedEngine:
             self._process.join()
         self._answers.close()
 
-    def __enter__(self) -> ForkedEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
-        self.close()
-
 
 def _child(
     address: str,
@@ -110,7 +98,6 @@ def _child(
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    import torch
     import torch._dynamo
     from vllm.v1.executor import multiproc_executor
 
@@ -119,7 +106,6 @@ def _child(
     # vLLM spawns workers on CPUs for the sake of libraries that it preloads there.
     multiproc_executor.get_mp_context = lambda: get_context("fork")
     torch._dynamo.config.disable = True  # it compiles how log-probabilities are ranked, in seconds
-    torch.cpu._init_amx()  # vLLM's attention uses tiles, but does not ask the kernel for them
     with open(requests.fileno(), "r", closefd=False) as source:
         with open(answers.fileno(), "w", closefd=False) as target:
             serve(address, source, target)

@@ -11,6 +11,7 @@ all. With ``WEIGHTD_TABLE=FILE`` the outcome is appended to that file as rows of
 from __future__ import annotations
 
 import os
+from contextlib import closing
 import re
 from datetime import date
 from pathlib import Path
@@ -59,7 +60,7 @@ def _options(tp_size: int, **more: Any) -> dict[str, Any]:
 
 
 def _fresh_tokens(cluster: Cluster, tp_size: int, name: str) -> list[Any]:
-    with ForkedEngine(cluster, name, tp_size) as fresh:
+    with closing(ForkedEngine(cluster, name, tp_size)) as fresh:
         path = str(cluster.folder / str(LAST))
         fresh.call("open", path=path, weightd=None, **_options(tp_size))
         return generate(fresh)
@@ -68,7 +69,7 @@ def _fresh_tokens(cluster: Cluster, tp_size: int, name: str) -> list[Any]:
 def _sync(cluster: Cluster, name: str, tp_size: int, runs: bool, **more: Any) -> dict[str, Any]:
     """Opens the live engine and runs the trainer; its first rank's result, with the counts."""
     save_contents(name, cluster.folder)
-    with ForkedEngine(cluster, "engine", tp_size) as engine:
+    with closing(ForkedEngine(cluster, "engine", tp_size)) as engine:
         engine.call(
             "open",
             path=str(cluster.folder / "0"),
@@ -145,7 +146,7 @@ def test_vllm_itself_does_not_run_it(name: str, tp_size: int, capsys: Any) -> No
     """The models that are left out above are left out because of vLLM."""
     with Cluster() as cluster:
         save_contents(name, cluster.folder)
-        with ForkedEngine(cluster, "fresh", tp_size) as fresh:
+        with closing(ForkedEngine(cluster, "fresh", tp_size)) as fresh:
             path = str(Path(cluster.folder) / "0")
             with pytest.raises(AssertionError) as caught:
                 fresh.call("open", path=path, weightd=None, **_options(tp_size))

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 BACKEND = "weightd"
+
+
+def is_chosen(vllm_config: Any) -> bool:
+    """True if a vLLM's configuration names this backend; takes None for no configuration."""
+    transfer = None if vllm_config is None else vllm_config.weight_transfer_config
+    return transfer is not None and transfer.backend == BACKEND
 
 
 def register() -> None:
@@ -24,8 +31,8 @@ def register() -> None:
             BACKEND, "weightd.vllm.engine", "WeightdTransferEngine"
         )
     post_load.install()
-    guard.install_in_core(BACKEND)
-    guard.install_version_in_core(BACKEND)
+    guard.install_in_core()
+    guard.install_version_in_core()
     worker_calls.install()
     register_trainer()
     _spawn_workers()

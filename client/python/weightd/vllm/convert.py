@@ -244,8 +244,9 @@ def _check_repeatable(module: Any, name: str, attribute: str, mark: TensorMark) 
     method = getattr(module, "quant_method", None)
     parameters, _ = get_layerwise_info(module).restore_metadata
     # vLLM keeps no loadable form of a bias; a copy into the kernel's form casts it again.
-    cast = is_cast(module._parameters.get(attribute), mark)
-    if isinstance(method, QuantizeMethodBase) and (attribute in parameters or cast):
+    if isinstance(method, QuantizeMethodBase) and (
+        attribute in parameters or is_cast(module._parameters.get(attribute), mark)
+    ):
         return
     raise EngineError(
         f"vLLM changed a parameter after loading in a way that it cannot repeat: "

@@ -45,16 +45,15 @@ def install_in_worker() -> None:
     Worker.weightd_refusal = weightd_refusal
 
 
-def install_in_core(backend: str) -> None:
+def install_in_core() -> None:
     """Lets vLLM's engine core refuse to resume workers that would refuse to run.
 
     A step that raises ends the engine; a refused resume leaves it paused, to be healed by a sync.
-    Does nothing the second time.
-
-    Args:
-        backend: of the engines that are concerned.
+    Concerns engines with our backend. Does nothing the second time.
     """
     from vllm.v1.engine.core import EngineCore
+
+    from weightd.vllm import is_chosen
 
     original = EngineCore.resume_scheduler
     if hasattr(original, "weightd_original"):
@@ -62,8 +61,7 @@ def install_in_core(backend: str) -> None:
 
     @functools.wraps(original)
     def resume_scheduler(self: Any) -> Any:
-        transfer = self.vllm_config.weight_transfer_config
-        if transfer is not None and transfer.backend == backend:
+        if is_chosen(self.vllm_config):
             for reason in self.model_executor.collective_rpc("weightd_refusal"):
                 if reason:
                     raise poisoned(reason)
@@ -73,15 +71,15 @@ def install_in_core(backend: str) -> None:
     EngineCore.resume_scheduler = resume_scheduler
 
 
-def install_version_in_core(backend: str) -> None:
+def install_version_in_core() -> None:
     """Lets vLLM's outputs name the version that its workers caught up with while it started.
 
-    vLLM learns a version from ``finish_weight_update`` only. Does nothing the second time.
-
-    Args:
-        backend: of the engines that are concerned.
+    vLLM learns a version from ``finish_weight_update`` only. Concerns engines with our backend. Does
+    nothing the second time.
     """
     from vllm.v1.engine.core import EngineCore
+
+    from weightd.vllm import is_chosen
 
     original = EngineCore._initialize_kv_caches  # runs once the workers have their weights
     if hasattr(original, "weightd_original"):
@@ -89,8 +87,7 @@ def install_version_in_core(backend: str) -> None:
 
     @functools.wraps(original)
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
-        transfer = vllm_config.weight_transfer_config
-        if transfer is not None and transfer.backend == backend:
+        if is_chosen(vllm_config):
             versions = set(self.model_executor.collective_rpc("weightd_version"))
             if len(versions) == 1 and versions != {0}:
                 self._weight_version = str(versions.pop())

@@ -99,11 +99,9 @@ def _wanted() -> bool:
     """True while a model is loaded for an engine with our backend."""
     from vllm.config import get_current_vllm_config_or_none
 
-    from weightd.vllm import BACKEND
+    from weightd.vllm import is_chosen
 
-    config = get_current_vllm_config_or_none()
-    transfer = None if config is None else config.weight_transfer_config
-    return transfer is not None and transfer.backend == BACKEND
+    return is_chosen(get_current_vllm_config_or_none())
 
 
 class Snapshot:

@@ -41,10 +41,9 @@ def _weightd_version(worker: Any) -> int:
 
 
 def _is_ours(worker: Any) -> bool:
-    from weightd.vllm import BACKEND
+    from weightd.vllm import is_chosen
 
-    transfer = worker.vllm_config.weight_transfer_config
-    return transfer is not None and transfer.backend == BACKEND
+    return is_chosen(worker.vllm_config)
 
 
 def _start_anew(original: Any) -> Any:

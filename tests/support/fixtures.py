@@ -1,4 +1,4 @@
-"""Fixtures of the tests of `weightctl push`; a test file imports those that it uses."""
+"""Fixtures that several test files share; a file imports those that it uses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def model() -> str:
     """A key that no other case uses."""
-    return f"push-{next(_models)}"
+    return f"case-{next(_models)}"
 
 
 @pytest.fixture(scope="module")
