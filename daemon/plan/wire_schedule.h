@@ -20,8 +20,9 @@ namespace weightd {
 /// (source device, target device) whose bytes are packed, sent and scattered.
 using WirePairs = std::set<std::pair<std::string, std::string>>;
 
-/// Turns that may be under way at a time, each in a slot of its own.
-inline constexpr uint32_t kWireSlots = 3;
+/// Turns that may be under way at a time, each in a slot of its own: two on the wire, one packed or
+/// scattered on either side of them.
+inline constexpr uint32_t kWireSlots = 4;
 /// Every copy begins at a multiple of this in its slot.
 inline constexpr uint64_t kWireAlign = 128;
 /// Least staging of a device: a slot must hold a few copies.

@@ -63,7 +63,9 @@ StatusOr<DevicePlane> MakeGpuPlane(const std::string& device) {
 }  // namespace
 
 void PrepareEnvironment([[maybe_unused]] const std::string& device) {
-  ::setenv("NCCL_NVLS_ENABLE", "0", 1);
+#if WEIGHTD_HAS_NCCL
+  SetNcclEnvironment();
+#endif
 #ifdef WEIGHTD_FAILPOINTS
   // NCCL tells machines apart by this: two workers of one GPU, which it would refuse, are two
   // machines to it, and talk over TCP.

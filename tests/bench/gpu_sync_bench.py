@@ -9,6 +9,7 @@ Cases; those that need more GPUs than there are print why they were not run:
     moe        Qwen3-30B-A3B shapes with 8 of 48 layers, 1 trainer rank, bfloat16 -> TP 1 engine, same GPU
     peer       8B, trainer rank on GPU 0 -> TP 1 engine on GPU 1 (P2)
     peer_nccl  the same by pack, NCCL and scatter (worker.path = "wire"); its floor is raw NCCL, tests/bench/floor_nccl.py (P1)
+    moe_nccl   the shapes of moe, from GPU 0 to GPU 1, as peer_nccl
     colocated  8B, trainer ranks on GPUs 0 and 1 -> TP 2 engine on the same two (P3)
 `seconds` is rank 0's wall time in Actor.sync, admission to acknowledgement with verification, median of ROUNDS after one
 warm-up. `floor` is the time of torch's own kernel (dst.copy_(src), one contiguous buffer, same dtypes, on or between the
@@ -238,6 +239,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         Case(f"peer_nccl_{d}", LLAMA, LLAMA_CLASS, d, (0,), (1,), "wire")
         for d in ("float32", "bfloat16")
     ],
+    "moe_nccl": lambda: [Case("moe_nccl", MOE, "Qwen3MoeForCausalLM", "bfloat16", (0,), (1,), "wire")],
     "colocated": lambda: [
         Case(f"colocated_{d}", LLAMA, LLAMA_CLASS, d, (0, 1), (0, 1))
         for d in ("float32", "bfloat16")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Iterator
@@ -35,6 +37,44 @@ def scene(
     )
     with opened(made):
         yield made
+
+
+# Leaves 300 MiB of the GPU free until its input ends.
+HOG = """
+import sys, torch
+held = torch.empty(torch.cuda.mem_get_info()[0] - (300 << 20), dtype=torch.uint8, device="cuda")
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_too_little_memory_for_nccl_is_refused_before_anything_is_written(
+    gpu: str, failpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    settings = wire_settings((gpu, f"{gpu}.1"), WIRE_BYTES)
+    scene = Scene(gpu, failpoints, settings, worker_environment(1))
+    try:
+        scene.open_trainers(scene.trainers)
+        scene.open_engine(scene.engine)
+        before = scene.engine.call("state", key="e")
+        with subprocess.Popen(
+            [sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as hog:
+            assert hog.stdout is not None and hog.stdout.readline() == "holds\n"
+            for trainer in scene.trainers:
+                trainer.ask("sync", version=1)
+            errors = [trainer.answer() for trainer in scene.trainers]
+            hog.communicate()
+        assert [error.get("reason") for error in errors] == ["GPU_MEMORY"] * 2, errors
+        assert scene.engine.call("state", key="e") == before
+        scene.version = 1
+        scene.sync(scene.trainers, scene.engine)
+        assert "worker died" not in scene.cluster.logs()
+    except AssertionError as error:
+        pytest.fail(f"{error}\n{scene.cluster.logs()}")
+    finally:
+        scene.close()
 
 
 def _hear(scene: Scene, killed: float, reason: str) -> None:

@@ -5,6 +5,9 @@
 namespace weightd {
 namespace {
 
+/// In NCCL's text when an allocation or a launch found no device memory.
+constexpr std::string_view kNoMemory = "out of memory";
+
 constexpr char kRemedy[] =
     "install NCCL 2.28 (libnccl.so.2), or name its folder in LD_LIBRARY_PATH of the daemon";
 
@@ -42,6 +45,12 @@ StatusOr<NcclLibrary> Load() {
 
 Status NcclLibrary::ToStatus(ncclResult_t result, std::string_view what, ncclComm_t comm) const {
   if (result == ncclSuccess || result == ncclInProgress) return absl::OkStatus();
+  if (std::string_view(GetLastError(comm)).find(kNoMemory) != std::string_view::npos) {
+    return Error(StatusCode::kResourceExhausted, reason::kGpuMemory,
+                 "leave the GPU some 700 MiB for NCCL beside worker.wire_bytes (e.g. by vLLM's "
+                 "gpu_memory_utilization)",
+                 "no memory for NCCL: {}: {}", what, GetLastError(comm));
+  }
   return Error(StatusCode::kUnavailable, reason::kWire,
                "sync again; if it repeats, set NCCL_DEBUG=WARN for the daemon and read its log",
                "NCCL: {}: {} ({})", what, GetErrorString(result), GetLastError(comm));

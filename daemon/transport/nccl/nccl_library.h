@@ -26,7 +26,8 @@ struct NcclLibrary {
   decltype(&ncclGetLastError) GetLastError;
   int version = 0;  ///< e.g. 22809
 
-  /// OK for success and for work in progress. \error UNAVAILABLE WIRE with NCCL's text
+  /// OK for success and for work in progress. \error RESOURCE_EXHAUSTED GPU_MEMORY if NCCL found no
+  /// device memory, UNAVAILABLE WIRE otherwise; with NCCL's text
   Status ToStatus(ncclResult_t result, std::string_view what, ncclComm_t comm) const;
 };
 

@@ -45,13 +45,14 @@ StatusOr<std::unique_ptr<SocketWire>> SocketWire::Create(const std::string& id, 
   ScopedFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   const auto [address, length] = AddressOf(id, rank);
   if (::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), length) != 0 ||
-      ::listen(listener.get(), static_cast<int>(size)) != 0) {
+      ::listen(listener.get(), static_cast<int>(size * kWireLanes)) != 0) {
     return WireError("cannot listen");
   }
   return std::unique_ptr<SocketWire>(new SocketWire(id, rank, size, std::move(listener)));
 }
 
-/// Ranks above connect and say which they are.
+/// Ranks above connect and say which they are, and for which lane, by the number that the own link
+/// to rank and lane has there.
 Status SocketWire::AcceptPeers() {
   while (true) {
     ScopedFd fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
@@ -62,27 +63,28 @@ Status SocketWire::AcceptPeers() {
     if (SameUser(fd.get())) strangers_.push_back(std::move(fd));
   }
   for (ScopedFd& stranger : strangers_) {
-    uint32_t rank = 0;
-    if (::recv(stranger.get(), &rank, sizeof(rank), 0) != sizeof(rank)) continue;
+    uint32_t link = 0;
+    if (::recv(stranger.get(), &link, sizeof(link), 0) != sizeof(link)) continue;
     ScopedFd known = std::move(stranger);
-    if (rank > rank_ && rank < peers_.size()) peers_[rank].fd = std::move(known);
+    if (PeerOf(link) > rank_ && link < links_.size()) links_[link].fd = std::move(known);
   }
   std::erase_if(strangers_, [](const ScopedFd& fd) { return !fd.valid(); });
   return absl::OkStatus();
 }
 
-Status SocketWire::Connect(uint32_t peer) {
+Status SocketWire::Connect(uint32_t link) {
   ScopedFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!fd.valid()) return WireError("no socket");
-  const auto [address, length] = AddressOf(id_, peer);
+  const auto [address, length] = AddressOf(id_, PeerOf(link));
   // Refused: it does not listen yet.
   if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), length) != 0) {
     return WouldBlock() || errno == ECONNREFUSED ? absl::OkStatus() : WireError("cannot connect");
   }
-  if (::send(fd.get(), &rank_, sizeof(rank_), MSG_NOSIGNAL) != sizeof(rank_)) {
+  const uint32_t there = LinkOf(rank_, link % kWireLanes);
+  if (::send(fd.get(), &there, sizeof(there), MSG_NOSIGNAL) != sizeof(there)) {
     return absl::OkStatus();
   }
-  peers_[peer].fd = std::move(fd);
+  links_[link].fd = std::move(fd);
   return absl::OkStatus();
 }
 
@@ -90,34 +92,35 @@ StatusOr<bool> SocketWire::Opened() {
   if (!listener_.valid()) return true;
   WEIGHTD_RETURN_IF_ERROR(AcceptPeers());
   bool all = true;
-  for (uint32_t peer = 0; peer < peers_.size(); ++peer) {
-    if (peer < rank_ && !peers_[peer].fd.valid()) WEIGHTD_RETURN_IF_ERROR(Connect(peer));
-    all = all && (peer == rank_ || peers_[peer].fd.valid());
+  for (uint32_t link = 0; link < links_.size(); ++link) {
+    const uint32_t peer = PeerOf(link);
+    if (peer < rank_ && !links_[link].fd.valid()) WEIGHTD_RETURN_IF_ERROR(Connect(link));
+    all = all && (peer == rank_ || links_[link].fd.valid());
   }
   if (all) listener_.Reset();
   return all;
 }
 
-Status SocketWire::Start(std::span<const WireMessage> group) {
+Status SocketWire::Start(uint32_t lane, std::span<const WireMessage> group) {
   const uint64_t number = ended_ + open_groups_.size();
   for (const WireMessage& message : group) {
-    Peer& peer = peers_[message.peer];
-    (message.send ? peer.sends : peer.receives).push_back({message.data, message.bytes, number});
+    Link& link = links_[LinkOf(message.peer, lane)];
+    (message.send ? link.sends : link.receives).push_back({message.data, message.bytes, number});
   }
   open_groups_.push_back(static_cast<uint32_t>(group.size()));
   return absl::OkStatus();
 }
 
 /// Moves as many bytes as the socket takes or has.
-void SocketWire::Pump(Peer& peer, bool send) {
-  std::deque<Pending>& queue = send ? peer.sends : peer.receives;
-  while (!queue.empty() && !peer.silent) {
+void SocketWire::Pump(Link& link, bool send) {
+  std::deque<Pending>& queue = send ? link.sends : link.receives;
+  while (!queue.empty() && !link.silent) {
     Pending& next = queue.front();
-    const ssize_t moved = send ? ::send(peer.fd.get(), next.data, next.bytes, MSG_NOSIGNAL)
-                               : ::recv(peer.fd.get(), next.data, next.bytes, 0);
+    const ssize_t moved = send ? ::send(link.fd.get(), next.data, next.bytes, MSG_NOSIGNAL)
+                               : ::recv(link.fd.get(), next.data, next.bytes, 0);
     if (moved < 0 && WouldBlock()) return;
     if (moved <= 0) {
-      peer.silent = true;
+      link.silent = true;
       return;
     }
     next.data += moved;
@@ -129,9 +132,9 @@ void SocketWire::Pump(Peer& peer, bool send) {
 }
 
 StatusOr<uint64_t> SocketWire::Ended() {
-  for (Peer& peer : peers_) {
-    Pump(peer, true);
-    Pump(peer, false);
+  for (Link& link : links_) {
+    Pump(link, true);
+    Pump(link, false);
   }
   while (!open_groups_.empty() && open_groups_.front() == 0) {
     open_groups_.pop_front();
@@ -141,7 +144,7 @@ StatusOr<uint64_t> SocketWire::Ended() {
 }
 
 void SocketWire::Abort() {
-  peers_.clear();
+  links_.clear();
   open_groups_.clear();
   strangers_.clear();
   listener_.Reset();
@@ -150,10 +153,10 @@ void SocketWire::Abort() {
 void SocketWire::AwaitNews(microseconds limit) {
   std::vector<pollfd> fds;
   if (listener_.valid()) fds.push_back({listener_.get(), POLLIN, 0});
-  for (const Peer& peer : peers_) {
-    if (!peer.fd.valid() || peer.silent) continue;
-    const int events = (peer.sends.empty() ? 0 : POLLOUT) | (peer.receives.empty() ? 0 : POLLIN);
-    if (events != 0) fds.push_back({peer.fd.get(), static_cast<int16_t>(events), 0});
+  for (const Link& link : links_) {
+    if (!link.fd.valid() || link.silent) continue;
+    const int events = (link.sends.empty() ? 0 : POLLOUT) | (link.receives.empty() ? 0 : POLLIN);
+    if (events != 0) fds.push_back({link.fd.get(), static_cast<int16_t>(events), 0});
   }
   const timespec timeout{limit.count() / 1'000'000, limit.count() % 1'000'000 * 1000};
   ::ppoll(fds.data(), fds.size(), &timeout, nullptr);

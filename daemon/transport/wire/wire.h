@@ -19,6 +19,10 @@
 
 namespace weightd {
 
+/// Groups that may be on the wire side by side: turn n goes over lane n % kWireLanes, so that one
+/// group fills the link while another begins or ends.
+inline constexpr uint32_t kWireLanes = 2;
+
 /// One message of a group.
 struct WireMessage {
   uint32_t peer = 0;  ///< rank
@@ -27,21 +31,24 @@ struct WireMessage {
   uint64_t bytes = 0;
 };
 
-/// One rank of a communicator. Groups of messages run in the order in which they were started; the
-/// messages of one group run side by side. Nothing here blocks for longer than a look.
+/// One rank of a wire. The groups of a lane run in the order in which they were started, beside
+/// those of other lanes; the messages of one group run side by side. What one rank sends on a lane
+/// its peer receives on the same. Nothing here blocks for longer than a look.
 /// Thread safety: one thread, the issuing thread of its device. The destructor aborts.
 class Wire {
  public:
   virtual ~Wire() = default;
 
-  /// True once all ranks have joined. \error UNAVAILABLE WIRE
+  /// True once all ranks have joined. \error UNAVAILABLE WIRE, RESOURCE_EXHAUSTED GPU_MEMORY
   virtual StatusOr<bool> Opened() = 0;
-  /// True if a group may be started now. \pre opened \error UNAVAILABLE WIRE
-  virtual StatusOr<bool> Ready() = 0;
-  /// Starts a group. Sent bytes must stay, and received ones are undefined, until it has ended.
-  /// \pre Ready(), at least one message \error UNAVAILABLE WIRE
-  virtual Status Start(std::span<const WireMessage> group) = 0;
-  /// How many groups have ended. \error UNAVAILABLE WIRE or DEVICE
+  /// True if a group may be started on `lane` now. \pre opened \error UNAVAILABLE WIRE
+  virtual StatusOr<bool> Ready(uint32_t lane) = 0;
+  /// Starts a group on `lane`. Sent bytes must stay, and received ones are undefined, until it has
+  /// ended. \pre Ready(lane), at least one message, at most kWireSlots groups that have not ended
+  /// \error UNAVAILABLE WIRE
+  virtual Status Start(uint32_t lane, std::span<const WireMessage> group) = 0;
+  /// How many groups, in the order of their starts, have ended with all before them.
+  /// \error UNAVAILABLE WIRE or DEVICE
   virtual StatusOr<uint64_t> Ended() = 0;
   /// Ends all groups, whatever became of the peers; afterwards nothing of theirs runs on and no
   /// memory is touched any more. Blocks for some ten milliseconds. \post only destruction is

@@ -18,9 +18,10 @@ StatusOr<bool> WireRun::StartGroup() {
     group.push_back({op.peer, false, receive + op.offset, op.bytes});
   }
   if (!group.empty()) {
-    WEIGHTD_ASSIGN_OR_RETURN(const bool ready, wire_.Ready());
+    const uint32_t lane = started_ % kWireLanes;
+    WEIGHTD_ASSIGN_OR_RETURN(const bool ready, wire_.Ready(lane));
     if (!ready) return false;
-    WEIGHTD_RETURN_IF_ERROR(wire_.Start(group));
+    WEIGHTD_RETURN_IF_ERROR(wire_.Start(lane, group));
     ++groups_;
   }
   needs_[started_++ % kWireSlots] = groups_;

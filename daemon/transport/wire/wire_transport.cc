@@ -120,13 +120,17 @@ Status WireTransport::Join(Opened& opened, const Offer& offer, const WireSchedul
                            const std::atomic<bool>& cancelled) {
   Wire& wire = *opened.wire;
   WEIGHTD_RETURN_IF_ERROR(Await(wire, offer, cancelled, [&] { return wire.Opened(); }));
-  WEIGHTD_RETURN_IF_ERROR(Await(wire, offer, cancelled, [&] { return wire.Ready(); }));
-  WEIGHTD_RETURN_IF_ERROR(wire.Start(FirstMessages(schedule, stage_->ring())));
-  opened.groups = 1;
-  return Await(wire, offer, cancelled, [&]() -> StatusOr<bool> {
-    WEIGHTD_ASSIGN_OR_RETURN(const uint64_t ended, wire.Ended());
-    return ended == opened.groups;
-  });
+  for (uint32_t lane = 0; lane < kWireLanes; ++lane) {
+    WEIGHTD_RETURN_IF_ERROR(Await(wire, offer, cancelled, [&] { return wire.Ready(lane); }));
+    WEIGHTD_RETURN_IF_ERROR(wire.Start(lane, FirstMessages(schedule, stage_->ring())));
+    ++opened.groups;
+    const auto ended = [&]() -> StatusOr<bool> {
+      WEIGHTD_ASSIGN_OR_RETURN(const uint64_t groups, wire.Ended());
+      return groups == opened.groups;
+    };
+    WEIGHTD_RETURN_IF_ERROR(Await(wire, offer, cancelled, ended));
+  }
+  return absl::OkStatus();
 }
 
 StatusOr<WireTransport::Digests> WireTransport::Transfer(uint64_t plan_handle, uint64_t wire,

@@ -181,10 +181,11 @@ TEST_CASE("every byte of a pair on the wire arrives once, and no other") {
 
 TEST_CASE("a device without pairs has no turns, one with both roles halves its slots") {
   const WirePairs pairs = {{"host", "host.1"}, {"host.1", "host.2"}};
-  constexpr uint64_t kBytes = 6 * kWireAlign * 100;
-  CHECK(SlotsOf(pairs, "host", kBytes) == WireSlots{kBytes / 3, 0});
-  CHECK(SlotsOf(pairs, "host.1", kBytes) == WireSlots{kBytes / 6, kBytes / 6});
-  CHECK(SlotsOf(pairs, "host.2", kBytes) == WireSlots{0, kBytes / 3});
+  constexpr uint64_t kHalf = kWireAlign * 100;
+  constexpr uint64_t kBytes = 2 * kWireSlots * kHalf;
+  CHECK(SlotsOf(pairs, "host", kBytes) == WireSlots{2 * kHalf, 0});
+  CHECK(SlotsOf(pairs, "host.1", kBytes) == WireSlots{kHalf, kHalf});
+  CHECK(SlotsOf(pairs, "host.2", kBytes) == WireSlots{0, 2 * kHalf});
   CHECK(SlotsOf(pairs, "host.3", kBytes) == WireSlots{});
   const Random random(TestSeed());
   CHECK(random.Of("GPU").num_turns == 0);
