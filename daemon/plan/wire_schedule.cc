@@ -9,8 +9,8 @@
 namespace weightd {
 namespace {
 
-/// Copies are cut to a quarter of a slot, so that slots are full but for that much.
-constexpr uint64_t kPartsPerSlot = 4;
+/// Copies are cut to so many parts of a slot, so that slots are full but for less than one of them.
+constexpr uint64_t kPartsPerSlot = 16;
 
 constexpr uint64_t AlignUp(uint64_t bytes) { return (bytes + kWireAlign - 1) & ~(kWireAlign - 1); }
 

@@ -10,7 +10,7 @@ rm -rf "$out"
 mkdir -p "$out/bin" "$out/lib"
 
 programs=("$build"/bin/{weightd,libweightd.so})
-for program in mapping/{mapping_owner,mapping_test} ipc/ipc_transport_test; do
+for program in mapping/{mapping_owner,mapping_test} ipc/ipc_transport_test wire/wire_bench; do
   programs+=("$build/tests/gpu/$program")
 done
 for program in "${programs[@]}"; do

@@ -6,7 +6,10 @@ namespace weightd {
 
 WireBinder::WireBinder(const BoundPlan& plan, const WireSchedule& schedule, std::byte* ring)
     : plan_(plan), schedule_(schedule), ring_(ring) {
-  for (const uint32_t target : schedule.sends.targets) words_[target];
+  const std::vector<uint32_t>& targets = schedule.sends.targets;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    if (i == 0 || targets[i] != targets[i - 1]) words_[targets[i]];
+  }
   for (auto& [target, words] : words_) {
     words.tensors = TensorsOf(*plan.targets[target].layout);
     words.first = num_words_;
