@@ -47,6 +47,15 @@ if [ "$what" != --bench ]; then
   run end_to_end "$python" -m pytest -q -p no:cacheprovider --durations=0 "$root/tests/gpu"
 fi
 if [ "$what" != --tests ]; then
+  # The transfer of the nccl path alone.
+  for bench in "$bin/wire_bench" "$root/build/test/tests/gpu/wire/wire_bench"; do
+    [ -x "$bench" ] && [ "$(nvidia-smi -L | wc -l)" -ge 2 ] || continue
+    for case in "llama float32" "llama bfloat16" "moe bfloat16"; do
+      # shellcheck disable=SC2086
+      run "wire_bench_${case// /_}" "$bench" $case 192 256
+    done
+    break
+  done
   run gpu_sync_bench "$python" -m tests.bench.gpu_sync_bench "$@"
   grep -h RESULT "$results"/*.log
 fi

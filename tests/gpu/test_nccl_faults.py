@@ -48,6 +48,11 @@ sys.stdin.read()
 """
 
 
+def _truth(scene: Scene) -> tuple[str, int, bool]:
+    state = scene.engine.call("state", key="e")
+    return state["state"], state["version"], state["dirty"]
+
+
 def test_too_little_memory_for_nccl_is_refused_before_anything_is_written(
     gpu: str, failpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +62,7 @@ def test_too_little_memory_for_nccl_is_refused_before_anything_is_written(
     try:
         scene.open_trainers(scene.trainers)
         scene.open_engine(scene.engine)
-        before = scene.engine.call("state", key="e")
+        before = _truth(scene)
         with subprocess.Popen(
             [sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as hog:
@@ -67,7 +72,7 @@ def test_too_little_memory_for_nccl_is_refused_before_anything_is_written(
             errors = [trainer.answer() for trainer in scene.trainers]
             hog.communicate()
         assert [error.get("reason") for error in errors] == ["GPU_MEMORY"] * 2, errors
-        assert scene.engine.call("state", key="e") == before
+        assert _truth(scene) == before
         scene.version = 1
         scene.sync(scene.trainers, scene.engine)
         assert "worker died" not in scene.cluster.logs()

@@ -2,11 +2,20 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <iterator>
+
 namespace weightd {
 namespace {
 
-/// In NCCL's text when an allocation or a launch found no device memory.
-constexpr std::string_view kNoMemory = "out of memory";
+/// True of NCCL's text when an allocation or a launch found no device memory.
+bool SaysNoMemory(std::string_view text) {
+  constexpr std::string_view kTexts[] = {"out of memory", "Failed to CUDA calloc",
+                                         "Failed to CUDA malloc"};
+  return std::any_of(std::begin(kTexts), std::end(kTexts), [&](std::string_view known) {
+    return text.find(known) != std::string_view::npos;
+  });
+}
 
 constexpr char kRemedy[] =
     "install NCCL 2.28 (libnccl.so.2), or name its folder in LD_LIBRARY_PATH of the daemon";
@@ -45,7 +54,7 @@ StatusOr<NcclLibrary> Load() {
 
 Status NcclLibrary::ToStatus(ncclResult_t result, std::string_view what, ncclComm_t comm) const {
   if (result == ncclSuccess || result == ncclInProgress) return absl::OkStatus();
-  if (std::string_view(GetLastError(comm)).find(kNoMemory) != std::string_view::npos) {
+  if (SaysNoMemory(GetLastError(comm))) {
     return Error(StatusCode::kResourceExhausted, reason::kGpuMemory,
                  "leave the GPU some 700 MiB for NCCL beside worker.wire_bytes (e.g. by vLLM's "
                  "gpu_memory_utilization)",
