@@ -48,7 +48,7 @@ class SocketWire final : public Wire {
       : id_(std::move(id)),
         rank_(rank),
         listener_(std::move(listener)),
-        links_(size * kWireLanes) {}
+        links_(size_t{size} * kWireLanes) {}
   Status AcceptPeers();
   Status Connect(uint32_t link);
   void Pump(Link& link, bool send);

@@ -19,7 +19,7 @@ WireModel::WireModel(std::string_view name, DType source) : source_(source) {
     Attention(hidden, 4096, moe ? 512 : 1024);
     if (moe) {
       Param(hidden, {128});
-      Param(hidden, std::vector<int64_t>(2 * 128, 768));
+      Param(hidden, std::vector<int64_t>(256, 768));
       Param(768, std::vector<int64_t>(128, hidden));
     } else {
       Param(hidden, {14336, 14336});

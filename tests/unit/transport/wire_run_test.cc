@@ -90,7 +90,7 @@ class RandomStage final : public WireStage {
 
   Status Reserve(uint64_t) override { return absl::OkStatus(); }
   std::byte* ring() override { return ring_; }
-  uint64_t ring_bytes() const override { return 2 * kWireSlots * kSlot; }
+  uint64_t ring_bytes() const override { return kSlot * 2 * kWireSlots; }
   Status Begin(const BoundPlan&, const WireSchedule&, RunControl&) override {
     return absl::OkStatus();
   }
@@ -129,7 +129,7 @@ TEST_CASE("a turn keeps to its lane, and no slot is written while it is in use")
     INFO("WEIGHTD_TEST_SEED=" << TestSeed() + round);
     std::mt19937_64 random(TestSeed() + round);
     const WireSchedule schedule = RandomSchedule(random);
-    std::vector<std::byte> ring(2 * kWireSlots * kSlot);
+    std::vector<std::byte> ring(kSlot * 2 * kWireSlots);
     RandomWire wire(random, ring.data());
     RandomStage stage(random, wire, ring.data());
     WireRun run(wire, stage, schedule, 0);
