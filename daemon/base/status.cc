@@ -59,6 +59,12 @@ Status WithRank(Status status, std::string_view rank) {
 Status WithPhase(Status status, std::string_view phase) {
   return WithFields(std::move(status), {.phase = std::string(phase)});
 }
+Status MovedToPhase(Status status, std::string_view phase) {
+  for (const Field& field : kFields) {
+    if (field.member == &ErrorFields::phase) status.ErasePayload(Key(field));
+  }
+  return WithPhase(std::move(status), phase);
+}
 Status WithPeer(Status status, std::string_view peer) {
   return WithFields(std::move(status), {.peer = std::string(peer)});
 }

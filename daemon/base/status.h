@@ -111,6 +111,8 @@ Status WithTensor(Status status, std::string_view tensor);
 Status WithRank(Status status, std::string_view rank);
 Status WithPhase(Status status, std::string_view phase);
 Status WithPeer(Status status, std::string_view peer);
+/// Returns `status` with this phase in place of its own. OK stays OK.
+Status MovedToPhase(Status status, std::string_view phase);
 
 }  // namespace weightd
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 #include <set>
 #include <span>
 #include <string>
@@ -55,6 +56,8 @@ struct WireSide {
   std::vector<uint32_t> op_end;    ///< per turn
   std::vector<uint64_t> bytes;     ///< per turn: landed
 
+  /// Landed, in all turns.
+  uint64_t TotalBytes() const { return std::accumulate(bytes.begin(), bytes.end(), uint64_t{0}); }
   uint32_t copy_begin(uint32_t turn) const { return turn == 0 ? 0 : copy_end[turn - 1]; }
   std::span<const WireOp> ops_of(uint32_t turn) const {
     const uint32_t begin = turn == 0 ? 0 : op_end[turn - 1];

@@ -10,6 +10,9 @@
 
 namespace weightd {
 
+/// Workers of this protocol and later can verify beside a transfer.
+constexpr uint32_t kMinorThatFollows = 3;
+
 class WorkerPortImpl : public WorkerPort {
  public:
   /// `kill` ends the process with SIGKILL, by way of whoever started it.
@@ -21,7 +24,8 @@ class WorkerPortImpl : public WorkerPort {
         socket_path_(hello.socket_path()),
         facts_{hello.nccl_version(),
                hello.nccl_problem(),
-               {hello.peers().begin(), hello.peers().end()}} {}
+               {hello.peers().begin(), hello.peers().end()},
+               hello.protocol().minor() >= kMinorThatFollows} {}
 
   std::string device() const override { return device_; }
   std::string socket_path() const override { return socket_path_; }
@@ -33,6 +37,7 @@ class WorkerPortImpl : public WorkerPort {
   void SendDropPlan(uint64_t handle) override;
   void SendStep(const StepCommand& command) override;
   void SendCancel(AttemptId attempt) override;
+  void SendLanded(const LandedMark& mark) override;
   void SendMakeWireId(uint64_t wire) override;
   void SendOpenWire(const WireOffer& offer) override;
   void SendCloseWire(uint64_t wire) override;
@@ -95,8 +100,18 @@ class WorkerStream : public Stream<v1::WorkerReport, v1::WorkerCommand> {
         event.kind = Event::Kind::kProgress;
         event.device = device();
         event.attempt = FromProto(report.progress().attempt());
+        event.step = static_cast<Step>(report.progress().step());
         event.bytes = report.progress().bytes_done();
         return coordinator().WorkerEvent(event);
+      }
+      case v1::WorkerReport::kLanded: {
+        const v1::Landed& landed = report.landed();
+        return coordinator().WorkerEvent({.kind = Event::Kind::kLanded,
+                                          .device = device(),
+                                          .attempt = FromProto(landed.attempt()),
+                                          .round = landed.round(),
+                                          .target = landed.target(),
+                                          .writes = landed.writes()});
       }
       case v1::WorkerReport::kDone:
         return OnDone(report.done());
@@ -252,6 +267,7 @@ void WorkerPortImpl::SendStep(const StepCommand& step) {
   run->set_deadline_us(
       static_cast<uint64_t>(std::chrono::duration_cast<microseconds>(step.deadline).count()));
   run->set_wire(step.wire);
+  run->set_follows(step.follows);
   run->set_turn_deadline_us(
       static_cast<uint64_t>(std::chrono::duration_cast<microseconds>(step.turn_deadline).count()));
   Send(std::move(command));
@@ -283,6 +299,16 @@ void WorkerPortImpl::SendCloseWire(uint64_t wire) {
 void WorkerPortImpl::SendCancel(AttemptId attempt) {
   v1::WorkerCommand command;
   *command.mutable_cancel()->mutable_attempt() = ToProto(attempt);
+  Send(std::move(command));
+}
+
+void WorkerPortImpl::SendLanded(const LandedMark& mark) {
+  v1::WorkerCommand command;
+  v1::Landed& landed = *command.mutable_landed();
+  *landed.mutable_attempt() = ToProto(mark.attempt);
+  landed.set_round(mark.round);
+  landed.set_target(mark.target);
+  landed.set_writes(mark.writes);
   Send(std::move(command));
 }
 

@@ -82,6 +82,7 @@ Status CatchUpSession::Handle(const Event& event) {
     case Event::Kind::kAttached:
     case Event::Kind::kCancelled:
     case Event::Kind::kProgress:
+    case Event::Kind::kLanded:
     case Event::Kind::kWireId:
     case Event::Kind::kWireReady:
       return absl::OkStatus();

@@ -26,7 +26,8 @@ struct Event {
     kConverted,     ///< member, attempt, stage, status
     kCommitted,     ///< member, attempt, status, caches
     kPlanLoaded,    ///< device, plan, digest, status
-    kProgress,      ///< device, attempt, bytes
+    kProgress,      ///< device, attempt, step, bytes
+    kLanded,        ///< device, attempt, round, target, writes
     kStepDone,      ///< device, attempt, step, status, bytes, digests, shard_words, touched
     kWireId,        ///< device, wire, wire_id, status
     kWireReady,     ///< device, wire, status
@@ -49,6 +50,9 @@ struct Event {
   bool touched = false;
   std::vector<std::string> caches;
   uint32_t stage = 0;
+  uint32_t round = 0;
+  uint32_t target = 0;
+  uint32_t writes = 0;
 };
 
 /// Thread safety: Post from any thread, Wait from one.

@@ -144,7 +144,18 @@ struct StepCommand {
   uint32_t round = 0;             ///< of Transfer and Verify
   uint64_t wire = 0;              ///< of a transfer; 0: none
   milliseconds turn_deadline{0};  ///< of a transfer over a wire
+  bool follows = false;           ///< a verification that runs beside its transfer
 };
+
+/// See weightd.v1.Landed.
+struct LandedMark {
+  AttemptId attempt;
+  uint32_t round = 0;
+  uint32_t target = 0;
+  uint32_t writes = 0;
+};
+/// All writes have landed.
+inline constexpr uint32_t kAllWrites = UINT32_MAX;
 
 /// How a worker joins a wire; see weightd.v1.OpenWire.
 struct WireOffer {
@@ -159,6 +170,7 @@ struct WorkerFacts {
   uint32_t nccl_version = 0;    ///< 0: it has no NCCL
   std::string nccl_problem;     ///< why
   std::set<std::string> peers;  ///< GPUs whose memory its GPU can access
+  bool follows = false;         ///< it can verify beside a transfer, and says what has landed
 };
 
 /// A worker process, one per device. All calls return at once; any thread.
@@ -175,6 +187,7 @@ class WorkerPort {
   virtual void SendDropPlan(uint64_t handle) = 0;
   virtual void SendStep(const StepCommand& command) = 0;
   virtual void SendCancel(AttemptId attempt) = 0;
+  virtual void SendLanded(const LandedMark& mark) = 0;
   virtual void SendMakeWireId(uint64_t wire) = 0;
   virtual void SendOpenWire(const WireOffer& offer) = 0;
   virtual void SendCloseWire(uint64_t wire) = 0;
@@ -226,6 +239,9 @@ struct SyncOptions {
   bool catch_up = true;
   bool always_wire = false;          ///< see PathPolicy
   uint64_t wire_bytes = 192u << 20;  ///< staging of one device
+  // Verify beside the transfer, not after it. On a host the cores that would are those that copy.
+  bool verify_beside_on_gpus = true;
+  bool verify_beside_on_host = false;
 };
 
 }  // namespace weightd

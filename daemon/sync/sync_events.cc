@@ -47,8 +47,16 @@ Status SyncSession::Handle(const Event& event) {
       return OnPlanLoaded(event);
     case Event::Kind::kProgress:
       last_progress_ = heard_[event.device] = Clock::now();
-      if (run != nullptr) run->bytes_done[event.device] = event.bytes;
+      if (run == nullptr || !run->running.contains(event.device)) return absl::OkStatus();
+      if ((event.step == Step::kVerify) != (phase_ == Phase::kVerify)) return absl::OkStatus();
+      run->bytes_done[event.device] = event.bytes;
       SendProgress();
+      return absl::OkStatus();
+    case Event::Kind::kLanded:
+      last_progress_ = heard_[event.device] = Clock::now();
+      if (run != nullptr && run->viable() && event.round == round_) {
+        OnLanded(*run, event.device, event.target, event.writes);
+      }
       return absl::OkStatus();
     case Event::Kind::kStepDone:
       return OnStepDone(event);
@@ -59,12 +67,14 @@ Status SyncSession::Handle(const Event& event) {
     case Event::Kind::kWorkerLost:
       for (ReplicaRun& replica : replicas_) {
         replica.running.erase(event.device);
+        replica.following.erase(event.device);
         replica.joining.erase(event.device);
       }
       return LoseWorker(event.device, event.status);
     case Event::Kind::kShutdown:
       for (ReplicaRun& replica : replicas_) {
         replica.running.clear();
+        replica.following.clear();
         replica.joining.clear();
       }
       plans_waiting_.clear();
@@ -97,7 +107,9 @@ void SyncSession::Fail(ReplicaRun& run, Status error) {
   if (!run.viable()) return;
   run.error = WithPhase(std::move(error), Name(phase_));
   run.waiting.clear();
-  for (const std::string& device : run.running) {
+  std::set<std::string> busy = run.running;
+  busy.insert(run.following.begin(), run.following.end());
+  for (const std::string& device : busy) {
     if (const auto worker = host_.Worker(device)) worker->SendCancel(run.attempt);
   }
   LetGoOfWire(run);

@@ -114,6 +114,7 @@ Status SyncSession::Prepare() {
 }
 
 // Transfer: each worker writes, or sends, what its device's trainer ranks supply, window by window.
+// Workers that can verify what has landed meanwhile.
 Status SyncSession::Transfer() {
   for (ReplicaRun* run : Viable()) {
     run->written = run->touched();
@@ -121,6 +122,9 @@ Status SyncSession::Transfer() {
     run->bytes_before = run->bytes_verified;
     run->source_digests.clear();
     run->target_digests.clear();
+    run->followed.clear();
+    run->landed.clear();
+    run->landed_told.clear();
   }
   SendProgress();
   return RunStep(Step::kTransfer, host_.options().transfer);

@@ -45,8 +45,14 @@ class SyncSession {
     Status error;           // why it will not commit
     bool prepared = false;  // Prepare was sent: an outcome is owed
     bool committed = false;
-    bool already = false;           // held this version before: a retry leaves it alone
-    std::set<std::string> running;  // devices whose workers have a step of it
+    bool already = false;             // held this version before: a retry leaves it alone
+    std::set<std::string> running;    // devices whose workers have a step of it
+    std::set<std::string> following;  // devices whose workers verify beside the transfer
+    std::set<std::string> followed;   // devices that need no other verification in this round
+    // By target: what each device that stores into it has done with, and the least that the device
+    // that verifies it has been told.
+    std::map<uint32_t, std::map<std::string, uint32_t>> landed;
+    std::map<uint32_t, uint32_t> landed_told;
     std::set<std::string> writers;  // devices whose workers may have written in this round
     bool written = false;           // some may have, in a round before
     uint64_t wire = 0;              // between its workers; 0: none
@@ -100,7 +106,11 @@ class SyncSession {
   void OnWireEvent(const Event& event);
   void LetGoOfWire(ReplicaRun& run);
   Status RunStep(Step step, milliseconds limit);
+  StepCommand CommandOf(const ReplicaRun& run, const WorkerShare& share, Step step) const;
   void SendSteps(ReplicaRun& run, Step step, milliseconds limit);
+  void StartFollowing(ReplicaRun& run);
+  void OnLanded(ReplicaRun& run, const std::string& device, uint32_t target, uint32_t writes);
+  void OnAllLanded(ReplicaRun& run, const std::string& device);
   Status CheckReplicas();
   Status AwaitWorkers(milliseconds limit);
   std::set<std::string> OwingWorkers() const;

@@ -2,6 +2,7 @@
 // share of every step. Nobody waits for a worker longer than a deadline without a sign of life.
 #include <algorithm>
 
+#include "daemon/plan/data_path.h"
 #include "daemon/sync/sync_session.h"
 
 namespace weightd {
@@ -66,27 +67,38 @@ Status SyncSession::RunStep(Step step, milliseconds limit) {
   {
     const std::lock_guard issue(host_.issue_mutex());
     for (ReplicaRun* run : Viable()) SendSteps(*run, step, limit);
+    if (step == Step::kTransfer) {
+      for (ReplicaRun* run : Viable()) StartFollowing(*run);
+    }
   }
   WEIGHTD_RETURN_IF_ERROR(AwaitWorkers(limit));
   return CheckAnyViable();
 }
 
+// What a worker has to do in a step of this round; without targets: nothing.
+StepCommand SyncSession::CommandOf(const ReplicaRun& run, const WorkerShare& share,
+                                   Step step) const {
+  StepCommand command;
+  command.targets = step == Step::kTransfer ? share.writes : share.verifies;
+  std::erase_if(command.targets,
+                [&](uint32_t target) { return round_ >= run.view.targets[target].num_rounds(); });
+  command.attempt = run.attempt;
+  command.step = step;
+  command.plan = run.plan->worker->handle;
+  command.version = version_;
+  command.round = round_;
+  return command;
+}
+
 void SyncSession::SendSteps(ReplicaRun& run, Step step, milliseconds limit) {
   run.bytes_done.clear();
   const bool transfers = step == Step::kTransfer;
+  if (!transfers) run.running.merge(run.following);  // now it is waited for
   for (const WorkerShare& share : run.plan->shares) {
-    StepCommand command;
-    command.targets = transfers ? share.writes : share.verifies;
-    std::erase_if(command.targets,
-                  [&](uint32_t target) { return round_ >= run.view.targets[target].num_rounds(); });
-    if (command.targets.empty()) continue;
+    StepCommand command = CommandOf(run, share, step);
+    if (command.targets.empty() || run.followed.contains(share.device)) continue;
     const std::shared_ptr<WorkerPort> worker = host_.Worker(share.device);
     if (worker == nullptr) return Fail(run, NoWorkerError(share.device));
-    command.attempt = run.attempt;
-    command.step = step;
-    command.plan = run.plan->worker->handle;
-    command.version = version_;
-    command.round = round_;
     if (transfers && run.wire != 0) {
       command.wire = run.wire;
       command.turn_deadline = limit * 7 / 8;  // a worker names what it waits for, the session who
@@ -97,6 +109,55 @@ void SyncSession::SendSteps(ReplicaRun& run, Step step, milliseconds limit) {
   }
 }
 
+// The verification that runs beside the transfer which has just been sent.
+void SyncSession::StartFollowing(ReplicaRun& run) {
+  for (const WorkerShare& share : run.plan->shares) {
+    for (const uint32_t target : share.stores) {
+      if (round_ < run.view.targets[target].num_rounds()) run.landed[target][share.device] = 0;
+    }
+  }
+  for (const WorkerShare& share : run.plan->shares) {
+    const SyncOptions& options = host_.options();
+    const bool beside =
+        IsGpuDevice(share.device) ? options.verify_beside_on_gpus : options.verify_beside_on_host;
+    const std::shared_ptr<WorkerPort> worker = host_.Worker(share.device);
+    if (!beside || worker == nullptr || !worker->facts().follows) continue;
+    StepCommand command = CommandOf(run, share, Step::kVerify);
+    if (command.targets.empty()) continue;
+    command.follows = true;
+    run.following.insert(share.device);
+    run.followed.insert(share.device);
+    worker->SendStep(command);
+  }
+}
+
+// Tells the worker that verifies a target how far all that store into it have come.
+void SyncSession::OnLanded(ReplicaRun& run, const std::string& device, uint32_t target,
+                           uint32_t writes) {
+  const auto known = run.landed.find(target);
+  if (known == run.landed.end()) return;
+  const auto by_device = known->second.find(device);
+  if (by_device == known->second.end()) return;
+  by_device->second = std::max(by_device->second, writes);
+  const auto by_writes = [](const auto& a, const auto& b) { return a.second < b.second; };
+  const uint32_t all =
+      std::min_element(known->second.begin(), known->second.end(), by_writes)->second;
+  if (all <= run.landed_told[target]) return;
+  run.landed_told[target] = all;
+  for (const WorkerShare& share : run.plan->shares) {
+    const bool verifies =
+        std::find(share.verifies.begin(), share.verifies.end(), target) != share.verifies.end();
+    if (!verifies || !run.following.contains(share.device)) continue;
+    const std::shared_ptr<WorkerPort> worker = host_.Worker(share.device);
+    if (worker != nullptr) worker->SendLanded({run.attempt, round_, target, all});
+  }
+}
+
+// This device's part of the transfer is over.
+void SyncSession::OnAllLanded(ReplicaRun& run, const std::string& device) {
+  for (const auto& [target, devices] : run.landed) OnLanded(run, device, target, kAllWrites);
+}
+
 Status SyncSession::OnStepDone(const Event& event) {
   heard_[event.device] = Clock::now();
   if (event.step == Step::kCheckReplicas && event.attempt == check_attempt_) {
@@ -105,13 +166,17 @@ Status SyncSession::OnStepDone(const Event& event) {
     return event.status;
   }
   ReplicaRun* run = FindAttempt(event.attempt);
-  if (run == nullptr || run->running.erase(event.device) == 0) return absl::OkStatus();
+  if (run == nullptr) return absl::OkStatus();
+  const bool followed = event.step == Step::kVerify && run->following.erase(event.device) > 0;
+  if (!followed && run->running.erase(event.device) == 0) return absl::OkStatus();
   if (event.step == Step::kTransfer && !event.touched) run->writers.erase(event.device);
   if (event.step == Step::kVerify) run->bytes_verified += event.bytes;
   if (!event.status.ok()) {
-    Fail(*run, event.status);
+    // Whatever ends the verification beside a transfer ends the transfer.
+    Fail(*run, followed ? MovedToPhase(event.status, Name(phase_)) : event.status);
     return absl::OkStatus();
   }
+  if (event.step == Step::kTransfer) OnAllLanded(*run, event.device);
   auto& sums = event.step == Step::kTransfer ? run->source_digests : run->target_digests;
   for (const TargetDigests& part : event.digests) {
     if (Status status = AddDigests(part, sums); !status.ok()) {
@@ -172,6 +237,7 @@ void SyncSession::Fence() {
     std::set<std::string> devices = check_waiting_;
     for (const ReplicaRun& run : replicas_) {
       devices.insert(run.running.begin(), run.running.end());
+      devices.insert(run.following.begin(), run.following.end());
     }
     return devices;
   };

@@ -1,9 +1,28 @@
 #include "daemon/transport/step_binder.h"
 
 #include <algorithm>
+#include <thread>
 #include <utility>
 
 namespace weightd {
+namespace {
+
+/// Between two looks at what has landed: little beside a window.
+constexpr microseconds kLandedNap{50};
+
+}  // namespace
+
+std::vector<uint32_t> WritesLanded(const RankPlan& plan) {
+  std::vector<uint32_t> landed(plan.windows.size());
+  uint32_t first_left = kAllLanded;
+  for (size_t w = plan.windows.size(); w-- > 0;) {
+    landed[w] = first_left;
+    for (uint32_t i = plan.windows[w].begin; i < plan.windows[w].end; ++i) {
+      first_left = std::min(first_left, plan.copies[i].write);
+    }
+  }
+  return landed;
+}
 
 std::vector<uint32_t> TensorsOf(const RankLayout& layout) {
   std::vector<uint32_t> tensors;
@@ -59,6 +78,15 @@ std::string StepBinder::FirstParam(size_t window) const {
 
 void StepBinder::Report(uint32_t windows, uint64_t bytes, const std::string& next) const {
   if (control_.on_window) control_.on_window(windows, bytes, next);
+}
+
+Status StepBinder::AwaitLanded(size_t writes) const {
+  if (control_.landed == nullptr) return absl::OkStatus();
+  while (control_.landed->load(std::memory_order_acquire) < writes) {
+    WEIGHTD_RETURN_IF_ERROR(Check(ParamAt(writes - 1)));
+    std::this_thread::sleep_for(kLandedNap);
+  }
+  return absl::OkStatus();
 }
 
 Status StepBinder::Fail(Status status, const std::string& tensor) const {

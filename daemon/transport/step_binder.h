@@ -26,6 +26,8 @@ class StepBinder {
   /// Chooses the engine rank and numbers its digest words.
   void SetTarget(size_t target);
   const BoundTarget& target() const { return *target_; }
+  /// Its position in the plan.
+  uint32_t target_number() const { return static_cast<uint32_t>(target_ - plan_.targets.data()); }
 
   /// Source tensors that the rank reads, ascending: word i belongs to tensors()[i].
   const std::vector<uint32_t>& tensors() const { return tensors_; }
@@ -43,6 +45,9 @@ class StepBinder {
   /// Name of the first parameter of a window of the plan; empty past the last.
   std::string FirstParam(size_t window) const;
   void Report(uint32_t windows, uint64_t bytes, const std::string& next) const;
+
+  /// Waits until writes [0, writes) have landed, as RunControl.landed says. Blocks. \error as Check
+  Status AwaitLanded(size_t writes) const;
 
   const Box& Held(uint32_t rank, uint32_t tensor, uint32_t shard) const {
     const RankShards& shards = plan_.shards[rank];

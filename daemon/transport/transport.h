@@ -63,6 +63,9 @@ class StagedSource {
                                            const Box& part) = 0;
 };
 
+/// Writes landed when the transfer is over.
+inline constexpr uint32_t kAllLanded = UINT32_MAX;
+
 /// What a running step obeys and reports to.
 struct RunControl {
   const std::atomic<bool>* cancelled = nullptr;  ///< checked at every window
@@ -74,7 +77,17 @@ struct RunControl {
   /// Called after each window: (windows done, bytes landed so far, first parameter of the next
   /// window).
   std::function<void(uint32_t, uint64_t, const std::string&)> on_window;
+  /// Transfer: called when nothing of the first `writes` of an engine rank's writes is still to be
+  /// written by this step: (target, writes). May be empty.
+  std::function<void(uint32_t, uint32_t)> on_landed;
+  /// Verify: how many of the engine rank's writes have landed; another thread raises it, up to
+  /// kAllLanded, and nothing beyond is read. nullptr: all have.
+  const std::atomic<uint32_t>* landed = nullptr;
+  bool beside_wire = false;  ///< what lands comes over a wire, whose kernels need room meanwhile
 };
+
+/// Per window of a plan: the writes of which nothing is left to be written once it has landed.
+std::vector<uint32_t> WritesLanded(const RankPlan& plan);
 
 /// Digest words of one engine rank: words[i] belongs to source tensor tensors[i] (ascending); the
 /// last word is the zero fill's.

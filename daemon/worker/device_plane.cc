@@ -46,6 +46,8 @@ StatusOr<DevicePlane> MakeGpuPlane(const std::string& device) {
   plane.mapper = std::make_shared<cuda::CudaSegmentMapper>(context);
   WEIGHTD_ASSIGN_OR_RETURN(plane.transports.direct,
                            IpcTransport::Create(cuda::DeviceId{context->ordinal()}));
+  WEIGHTD_ASSIGN_OR_RETURN(plane.transports.verifier,
+                           IpcTransport::Create(cuda::DeviceId{context->ordinal()}));
   WEIGHTD_RETURN_IF_ERROR(AddWires(cuda::DeviceId{context->ordinal()}, &plane));
   WEIGHTD_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                            cuda::ListDevices(context->driver()));
@@ -80,6 +82,8 @@ StatusOr<DevicePlane> MakeDevicePlane(const std::string& device, int num_threads
   DevicePlane plane;
   plane.mapper = std::make_shared<HostSegmentMapper>();
   plane.transports.direct = std::make_unique<ShmTransport>(ShmOptions{.num_threads = num_threads});
+  plane.transports.verifier =
+      std::make_unique<ShmTransport>(ShmOptions{.num_threads = num_threads});
   plane.transports.wires = std::make_unique<WireTransport>(std::make_unique<SocketWireMaker>(),
                                                            std::make_unique<HostStage>());
   return plane;

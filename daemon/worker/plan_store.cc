@@ -286,15 +286,18 @@ StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input, std::strin
 
 void PlanStore::Put(uint64_t handle, std::shared_ptr<const LoadedPlan> plan) {
   Drop(handle);
+  const std::lock_guard lock(mutex_);
   entries_.push_front({.handle = handle, .plan = std::move(plan)});
   if (entries_.size() > kMaxPlans) entries_.pop_back();
 }
 
 void PlanStore::Drop(uint64_t handle) {
+  const std::lock_guard lock(mutex_);
   entries_.remove_if([handle](const Entry& entry) { return entry.handle == handle; });
 }
 
 StatusOr<std::shared_ptr<const LoadedPlan>> PlanStore::Get(uint64_t handle) {
+  const std::lock_guard lock(mutex_);
   const auto it = std::find_if(entries_.begin(), entries_.end(),
                                [handle](const Entry& entry) { return entry.handle == handle; });
   if (it == entries_.end()) {

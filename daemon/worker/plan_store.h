@@ -6,6 +6,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -85,7 +86,7 @@ struct LoadedPlan {
 StatusOr<std::shared_ptr<const LoadedPlan>> LoadPlan(PlanInput input,
                                                      std::string device = kHostDevice);
 
-/// Loaded plans by the daemon's handle. Thread safety: none.
+/// Loaded plans by the daemon's handle. Thread safety: any thread.
 class PlanStore {
  public:
   void Put(uint64_t handle, std::shared_ptr<const LoadedPlan> plan);
@@ -98,6 +99,7 @@ class PlanStore {
     uint64_t handle = 0;
     std::shared_ptr<const LoadedPlan> plan;  ///< shared with the step that runs it
   };
+  std::mutex mutex_;
   std::list<Entry> entries_;  ///< latest use first
 };
 

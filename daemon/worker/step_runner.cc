@@ -1,19 +1,22 @@
 #include "daemon/worker/step_runner.h"
 
-#include <numeric>
+#include <algorithm>
 #include <string>
 #include <thread>
 #include <utility>
 
 #include "daemon/base/failpoint.h"
-#include "daemon/layout/stages.h"
 #include "daemon/wire/convert.h"
+#include "daemon/worker/step_context.h"
 
 namespace weightd {
 namespace {
 
 /// Windows after which a test can stop a worker.
 constexpr uint32_t kFailpointWindows = 3;
+
+/// A transfer tells how far it has come about this often, and where a target is complete.
+constexpr uint64_t kLandedReports = 32;
 
 /// A trainer's event mostly has passed already, or passes soon.
 constexpr microseconds kFenceSpin{500};
@@ -32,6 +35,13 @@ std::string_view PhaseOf(v1::Step step) {
   }
 }
 
+/// After what is stored into it directly.
+bool ReceivesOverWire(const LoadedPlan& plan, uint32_t round, uint32_t target) {
+  if (round >= plan.wires.size()) return false;
+  const std::vector<uint32_t>& targets = plan.wires[round].receives.targets;
+  return std::find(targets.begin(), targets.end(), target) != targets.end();
+}
+
 void AddDigests(uint32_t target, const RankDigests& digests, v1::StepDone* done) {
   v1::TargetDigests& result = *done->add_digests();
   result.set_target(target);
@@ -41,33 +51,22 @@ void AddDigests(uint32_t target, const RankDigests& digests, v1::StepDone* done)
 
 }  // namespace
 
-/// What one run of a step knows.
-struct StepRunner::Context {
-  const v1::RunStep& command;
-  std::atomic<bool>* cancelled = nullptr;
-  Clock::time_point deadline = Clock::time_point::max();
-  std::shared_ptr<const LoadedPlan> plan;  ///< shared with the store, which may drop it meanwhile
-  std::vector<uint64_t> members;           ///< all that the step uses
-  PinnedMembers pinned;
-  uint64_t bytes_total = 0;
-  uint64_t bytes_before = 0;  ///< of the targets that are done
-  Clock::time_point reported = Clock::now();
-};
-
-StepRunner::StepRunner(MemberTable* members, PlanStore* plans, Transport* transport,
-                       WireTransport* wires, int num_threads, ReportFn report)
+StepRunner::StepRunner(MemberTable* members, PlanStore* plans, const Movers& movers,
+                       int num_threads, ReportFn report)
     : members_(members),
       plans_(plans),
-      transport_(transport),
-      wires_(wires),
+      transport_(movers.transport),
+      verifier_(movers.verifier),
+      wires_(movers.wires),
       report_(std::move(report)),
       catch_up_(num_threads) {}
 
-v1::StepDone StepRunner::Run(const v1::RunStep& command, std::atomic<bool>* cancelled) {
+v1::StepDone StepRunner::Run(const v1::RunStep& command, std::atomic<bool>* cancelled,
+                             const LandedByTarget* landed) {
   v1::StepDone done;
   *done.mutable_attempt() = command.attempt();
   done.set_step(command.step());
-  Context context{.command = command, .cancelled = cancelled};
+  Context context{.command = command, .cancelled = cancelled, .landed = landed};
   if (command.deadline_us() != 0) {
     context.deadline = Clock::now() + microseconds(command.deadline_us());
   }
@@ -192,6 +191,24 @@ void StepRunner::Progress(Context* context, uint64_t bytes, uint32_t windows,
   progress.set_bytes_total(context->bytes_total);
   progress.set_window(windows);
   progress.set_layer(layer);
+  progress.set_step(context->command.step());
+  report_(std::move(report));
+}
+
+/// Tells the daemon that nothing of these writes is still to come from here. The step's end says so
+/// for all of them.
+void StepRunner::TellLanded(Context* context, uint32_t target, uint32_t writes) {
+  uint64_t& told = context->bytes_told[target];
+  const uint64_t moved = context->bytes_now - told;
+  const bool due = writes == kAllLanded || moved * kLandedReports >= context->bytes_total;
+  if (writes == 0 || !due || context->bytes_now == context->bytes_total) return;
+  told = context->bytes_now;
+  v1::WorkerReport report;
+  v1::Landed& landed = *report.mutable_landed();
+  *landed.mutable_attempt() = context->command.attempt();
+  landed.set_round(context->command.round());
+  landed.set_target(target);
+  landed.set_writes(writes);
   report_(std::move(report));
 }
 
@@ -205,6 +222,7 @@ RunControl StepRunner::ControlOf(Context* context, StagedSource* staged) {
                                                  const std::string& layer) {
     const uint32_t index = windows - 1;
     if (transfers && index < kFailpointWindows) Failpoint(fmt::format("window.{}", index));
+    context->bytes_now = context->bytes_before + bytes;
     Progress(context, bytes, windows, layer);
   };
   return control;
@@ -228,13 +246,17 @@ Status StepRunner::Transfer(Context* context, v1::StepDone* done) {
   RingSource staged(plan, context->pinned, context->command.attempt(), context->cancelled,
                     context->deadline);
   RunControl control = ControlOf(context, &staged);
+  const bool wired = round < plan.wires.size() && plan.wires[round].num_turns > 0;
+  if (wired) context->bytes_total += plan.wires[round].receives.TotalBytes();
+  control.on_landed = [&](uint32_t target, uint32_t writes) {
+    if (!ReceivesOverWire(plan, round, target)) TellLanded(context, target, writes);
+  };
   done->set_touched(!targets.empty());
   WEIGHTD_ASSIGN_OR_RETURN(const std::vector<RankDigests> digests,
                            transport_->TransferAll(bound, targets, control));
   for (size_t i = 0; i < targets.size(); ++i) AddDigests(targets[i], digests[i], done);
-  done->set_bytes(context->bytes_total);
-  if (round >= plan.wires.size() || plan.wires[round].num_turns == 0) return absl::OkStatus();
-  return TransferOverWire(context, bound, done);
+  done->set_bytes(context->bytes_now);
+  return wired ? TransferOverWire(context, bound, done) : absl::OkStatus();
 }
 
 /// After what this worker stores directly: its turns of the wire.
@@ -245,11 +267,15 @@ Status StepRunner::TransferOverWire(Context* context, const BoundPlan& bound, v1
     return Error(StatusCode::kUnimplemented, reason::kNoPath, "report this with the log",
                  "worker has no wires: device={}", plan.device);
   }
-  context->bytes_before = context->bytes_total;
+  context->bytes_before = context->bytes_now;
   RunControl control = ControlOf(context, nullptr);
   control.on_window = [&](uint32_t turns, uint64_t bytes, const std::string& layer) {
     if (turns <= kFailpointWindows) Failpoint(fmt::format("wire.{}.{}", plan.device, turns - 1));
+    context->bytes_now = context->bytes_before + bytes;
     Progress(context, bytes, turns, layer);
+  };
+  control.on_landed = [&](uint32_t target, uint32_t writes) {
+    TellLanded(context, target, writes);
   };
   const auto turn_limit =
       std::chrono::duration_cast<milliseconds>(microseconds(context->command.turn_deadline_us()));
@@ -257,8 +283,7 @@ Status StepRunner::TransferOverWire(Context* context, const BoundPlan& bound, v1
                            wires_->Transfer(context->command.plan(), context->command.wire(), bound,
                                             wire, control, turn_limit));
   for (const auto& [target, words] : digests) AddDigests(target, words, done);
-  done->set_bytes(done->bytes() + std::accumulate(wire.receives.bytes.begin(),
-                                                  wire.receives.bytes.end(), uint64_t{0}));
+  done->set_bytes(context->bytes_total);
   return absl::OkStatus();
 }
 
@@ -273,107 +298,11 @@ Status StepRunner::Verify(Context* context, v1::StepDone* done) {
   }
   RunControl control = ControlOf(context, nullptr);
   for (uint32_t target : context->command.targets()) {
-    WEIGHTD_ASSIGN_OR_RETURN(const RankDigests digests, transport_->Verify(bound, target, control));
+    control.beside_wire = ReceivesOverWire(plan, round, target);
+    control.landed = context->landed == nullptr ? nullptr : &context->landed->at(target);
+    WEIGHTD_ASSIGN_OR_RETURN(const RankDigests digests, verifier_->Verify(bound, target, control));
     AddDigests(target, digests, done);
     context->bytes_before += plan.ranks[target][round].landed;
-    done->set_bytes(context->bytes_before);
-  }
-  return absl::OkStatus();
-}
-
-Status StepRunner::CheckReplicas(Context* context, v1::StepDone* done) {
-  const LoadedPlan& plan = *context->plan;
-  BoundPlan bound;
-  WEIGHTD_RETURN_IF_ERROR(BindSources(plan, context->pinned, &bound));
-  RingSource staged(plan, context->pinned, context->command.attempt(), context->cancelled,
-                    context->deadline);
-  RunControl control = ControlOf(context, &staged);
-  Status status;
-  plan.grid->ForEachReplicated([&](const SourceGrid::ReplicatedShard& replica) {
-    if (status.ok()) status = CompareReplica(context, bound, replica, &control, done);
-  });
-  return status;
-}
-
-/// Compares the copies of a shard that this device has. Where others have copies, too, the word
-/// goes to the daemon, which compares those of all workers.
-Status StepRunner::CompareReplica(Context* context, const BoundPlan& bound,
-                                  const SourceGrid::ReplicatedShard& replica, RunControl* control,
-                                  v1::StepDone* done) {
-  const PlanInput& input = context->plan->input;
-  uint64_t expected = 0;
-  size_t own = 0;
-  std::string same;
-  std::string different;
-  for (size_t i = 0; i < replica.ranks.size(); ++i) {
-    const uint32_t rank = replica.ranks[i];
-    if (!context->plan->own_sources[rank]) continue;
-    WEIGHTD_ASSIGN_OR_RETURN(
-        const uint64_t word,
-        transport_->DigestShard(bound, rank, replica.tensor, replica.shards[i], *control));
-    if (own++ == 0) expected = word;
-    std::string& list = word == expected ? same : different;
-    const std::string& label = context->pinned.Find(input.sources[rank])->member->label();
-    list += (list.empty() ? "" : ", ") + label;
-  }
-  if (own > 0 && own < replica.ranks.size()) done->add_shard_words(expected);
-  if (different.empty()) return absl::OkStatus();
-  const std::string& name = input.table[replica.tensor].name;
-  Status status = Error(StatusCode::kFailedPrecondition, reason::kReplicasDiffer,
-                        "make the replicas equal in the trainer (broadcast parameters), or sync "
-                        "without check_replicas",
-                        "replicated shards differ: tensor={} box={} [{}] differ from [{}]", name,
-                        ToString(replica.box), different, same);
-  return WithRank(WithTensor(std::move(status), name), different);
-}
-
-Status StepRunner::CatchUpOne(Context* context, uint32_t target, uint64_t peer,
-                              const BoundPlan& bound, const CatchUp::Control& control) {
-  const std::span<const Binding> params = bound.targets[target].params;
-  const RankLayout& layout = context->plan->input.layouts[target];
-  const std::string& label = context->plan->input.labels[target];
-  const uint64_t version = context->command.version();
-  if (NumStages(layout.params) > 1) {
-    return Error(StatusCode::kFailedPrecondition, reason::kStaged, "sync the engine instead",
-                 "lent memory does not hold the model, since stages share it: rank={} stages={}",
-                 label, NumStages(layout.params));
-  }
-  if (!transport_->host_memory() && context->command.step() != v1::STEP_COPY_PEER) {
-    return Error(StatusCode::kUnimplemented, reason::kDevice, "set catch_up.retain = \"none\"",
-                 "this build keeps no copies of GPU memory: rank={}", label);
-  }
-  if (context->command.step() == v1::STEP_RETAIN) {
-    return catch_up_.Retain(label, version, layout, params, control);
-  }
-  if (context->command.step() == v1::STEP_RESTORE) {
-    return catch_up_.Restore(label, version, layout, params, control);
-  }
-  const PinnedMembers::Entry& entry = *context->pinned.Find(peer);
-  WEIGHTD_ASSIGN_OR_RETURN(const std::vector<Binding> from,
-                           BindParams(layout, {}, entry.member->label(), *entry.memory));
-  if (transport_->host_memory()) return catch_up_.Copy(layout, from, params, control);
-  RunControl window_control = ControlOf(context, nullptr);
-  return transport_->CopyParams(bound, target, from, window_control);
-}
-
-Status StepRunner::CatchUpTargets(Context* context, v1::StepDone* done) {
-  const LoadedPlan& plan = *context->plan;
-  BoundPlan bound;
-  for (uint32_t target : context->command.targets()) {
-    WEIGHTD_RETURN_IF_ERROR(BindEngineRank(plan, target, 0, context->pinned, &bound));
-    context->bytes_total += ParamBytes(plan.input.layouts[target]);
-  }
-  CatchUp::Control control;
-  control.cancelled = context->cancelled;
-  control.deadline = context->deadline;
-  control.on_bytes = [this, context](uint64_t bytes) { Progress(context, bytes, 0, ""); };
-  for (int i = 0; i < context->command.targets_size(); ++i) {
-    const uint32_t target = context->command.targets(i);
-    const uint64_t peer = i < context->command.peers_size() ? context->command.peers(i) : 0;
-    if (context->command.step() != v1::STEP_RETAIN) done->set_touched(true);
-    WEIGHTD_RETURN_IF_ERROR(
-        WithRank(CatchUpOne(context, target, peer, bound, control), plan.input.labels[target]));
-    context->bytes_before += ParamBytes(plan.input.layouts[target]);
     done->set_bytes(context->bytes_before);
   }
   return absl::OkStatus();

@@ -7,6 +7,16 @@
 #include "daemon/wire/convert.h"
 
 namespace weightd {
+namespace {
+
+/// Is it a step of this attempt?
+bool IsOf(const Job& job, const v1::AttemptId& attempt) {
+  const v1::AttemptId& of_job = job.command.run().attempt();
+  return job.command.has_run() && of_job.epoch() == attempt.epoch() &&
+         of_job.counter() == attempt.counter();
+}
+
+}  // namespace
 
 StatusOr<std::unique_ptr<WorkerCore>> WorkerCore::Create(const Options& options,
                                                          Transports transports, ReportFn report) {
@@ -23,19 +33,16 @@ WorkerCore::WorkerCore(const Options& options, std::unique_ptr<MemberTable> memb
       device_(options.device),
       members_(std::move(members)),
       transports_(std::move(transports)),
-      runner_(members_.get(), &plans_, transports_.direct.get(), transports_.wires.get(),
+      runner_(members_.get(), &plans_,
+              {transports_.direct.get(), transports_.verifier.get(), transports_.wires.get()},
               options.num_threads, report_),
-      thread_([this] { RunJobs(); }) {}
+      jobs_([this](Job& job) { RunJob(job); }),
+      verifications_([this](Job& job) {
+        RunStep(job);
+        EndIf(transports_.verifier->broken());
+      }) {}
 
-WorkerCore::~WorkerCore() {
-  {
-    const std::lock_guard lock(mutex_);
-    stopping_ = true;
-    for (const std::unique_ptr<Job>& job : jobs_) job->cancelled.store(true);
-  }
-  changed_.notify_all();
-  thread_.join();
-}
+WorkerCore::~WorkerCore() = default;
 
 void WorkerCore::Handle(v1::WorkerCommand command) {
   switch (command.command_case()) {
@@ -45,6 +52,8 @@ void WorkerCore::Handle(v1::WorkerCommand command) {
       return members_->Forget(command.forget().member());
     case v1::WorkerCommand::kCancel:
       return Cancel(command.cancel().attempt());
+    case v1::WorkerCommand::kLanded:
+      return RaiseLanded(command.landed());
     case v1::WorkerCommand::kMakeWireId:
       return MakeWireId(command.make_wire_id().wire());
     case v1::WorkerCommand::kCloseWire:
@@ -53,58 +62,49 @@ void WorkerCore::Handle(v1::WorkerCommand command) {
     default:
       break;
   }
-  auto job = std::make_unique<Job>();
-  job->command = std::move(command);
-  {
-    const std::lock_guard lock(mutex_);
-    jobs_.push_back(std::move(job));
-  }
-  changed_.notify_all();
+  const bool verifies = command.has_run() && command.run().step() == v1::STEP_VERIFY;
+  (verifies ? verifications_ : jobs_).Push(std::move(command));
 }
 
 void WorkerCore::Cancel(const v1::AttemptId& attempt) {
-  const std::lock_guard lock(mutex_);
-  for (const std::unique_ptr<Job>& job : jobs_) {
-    const v1::AttemptId& of_job = job->command.run().attempt();
-    if (job->command.has_run() && of_job.epoch() == attempt.epoch() &&
-        of_job.counter() == attempt.counter()) {
-      job->cancelled.store(true);
-    }
+  for (JobQueue* queue : {&jobs_, &verifications_}) {
+    queue->ForEach([&](Job& job) {
+      if (IsOf(job, attempt)) job.cancelled.store(true);
+    });
   }
 }
 
 void WorkerCore::CancelOpening(uint64_t wire) {
-  const std::lock_guard lock(mutex_);
-  for (const std::unique_ptr<Job>& job : jobs_) {
-    const bool opens = job->command.has_open_wire() && job->command.open_wire().wire() == wire;
-    if (opens) job->cancelled.store(true);
-  }
+  jobs_.ForEach([&](Job& job) {
+    const bool opens = job.command.has_open_wire() && job.command.open_wire().wire() == wire;
+    if (opens) job.cancelled.store(true);
+  });
 }
 
-void WorkerCore::RunJobs() {
-  std::unique_lock lock(mutex_);
-  while (true) {
-    changed_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
-    if (stopping_) return;
-    Job* job = jobs_.front().get();
-    lock.unlock();
-    RunJob(job);
-    lock.lock();
-    jobs_.pop_front();
-  }
+void WorkerCore::RaiseLanded(const v1::Landed& landed) {
+  verifications_.ForEach([&](Job& job) {
+    const auto target = job.landed.find(landed.target());
+    const bool follows = IsOf(job, landed.attempt()) &&
+                         job.command.run().round() == landed.round() && target != job.landed.end();
+    if (follows) target->second.store(landed.writes(), std::memory_order_release);
+  });
 }
 
-void WorkerCore::RunJob(Job* job) {
-  const v1::WorkerCommand& command = job->command;
+void WorkerCore::RunStep(Job& job) {
+  v1::WorkerReport report;
+  *report.mutable_done() = runner_.Run(job.command.run(), &job.cancelled,
+                                       job.command.run().follows() ? &job.landed : nullptr);
+  report_(std::move(report));
+}
+
+void WorkerCore::RunJob(Job& job) {
+  const v1::WorkerCommand& command = job.command;
   switch (command.command_case()) {
     case v1::WorkerCommand::kPlan:
       return AddPlanPage(command.plan());
-    case v1::WorkerCommand::kRun: {
-      v1::WorkerReport report;
-      *report.mutable_done() = runner_.Run(command.run(), &job->cancelled);
-      report_(std::move(report));
+    case v1::WorkerCommand::kRun:
+      RunStep(job);
       return EndIfBroken();
-    }
     case v1::WorkerCommand::kOpenWire:
       OpenWire(job);
       return EndIfBroken();
@@ -123,8 +123,11 @@ void WorkerCore::RunJob(Job* job) {
 }
 
 void WorkerCore::EndIfBroken() {
-  const bool broken =
-      transports_.direct->broken() || (transports_.wires != nullptr && transports_.wires->broken());
+  EndIf(transports_.direct->broken() ||
+        (transports_.wires != nullptr && transports_.wires->broken()));
+}
+
+void WorkerCore::EndIf(bool broken) const {
   if (broken && on_broken_) on_broken_();
 }
 
@@ -152,8 +155,8 @@ void WorkerCore::MakeWireId(uint64_t wire) {
   report_(std::move(report));
 }
 
-void WorkerCore::OpenWire(Job* job) {
-  const v1::OpenWire& command = job->command.open_wire();
+void WorkerCore::OpenWire(Job& job) {
+  const v1::OpenWire& command = job.command.open_wire();
   WireTransport* const wires = transports_.wires.get();
   const auto open = [&]() -> Status {
     if (wires == nullptr) return NoWires(device_);
@@ -164,7 +167,7 @@ void WorkerCore::OpenWire(Job* job) {
       offer.deadline = Clock::now() + microseconds(command.deadline_us());
     }
     static const WireSchedule none;  // slots and links are those of any round
-    return wires->Open(offer, plan->wires.empty() ? none : plan->wires.front(), job->cancelled);
+    return wires->Open(offer, plan->wires.empty() ? none : plan->wires.front(), job.cancelled);
   };
   const Status opened = open();
   v1::WorkerReport report;

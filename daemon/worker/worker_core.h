@@ -1,20 +1,16 @@
 // A worker without its connection to the daemon: takes commands, gives reports.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
 
 #include "daemon/base/status.h"
 #include "daemon/transport/transport.h"
 #include "daemon/transport/wire/wire_transport.h"
+#include "daemon/worker/job_queue.h"
 #include "daemon/worker/member_table.h"
 #include "daemon/worker/plan_store.h"
 #include "daemon/worker/step_runner.h"
@@ -22,8 +18,8 @@
 
 namespace weightd {
 
-/// Members are served by one thread, plans and steps run on another in the order of their
-/// commands; cancelling and forgetting overtake them.
+/// Members are served by one thread; plans and steps run on another in the order of their commands,
+/// verifications on a third; cancelling and forgetting overtake them.
 /// Thread safety: Handle by one thread at a time.
 class WorkerCore {
  public:
@@ -37,6 +33,7 @@ class WorkerCore {
   /// How a worker moves bytes.
   struct Transports {
     std::unique_ptr<Transport> direct;
+    std::unique_ptr<Transport> verifier;   ///< verifies beside the others
     std::unique_ptr<WireTransport> wires;  ///< nullptr: it cannot take part in a wire
   };
 
@@ -52,10 +49,6 @@ class WorkerCore {
   void Handle(v1::WorkerCommand command);
 
  private:
-  struct Job {
-    v1::WorkerCommand command;
-    std::atomic<bool> cancelled{false};
-  };
   struct Assembly {
     PlanAssembler assembler;
     Status error;  ///< of an earlier page
@@ -65,12 +58,14 @@ class WorkerCore {
              ReportFn report);
   void Cancel(const v1::AttemptId& attempt);
   void CancelOpening(uint64_t wire);
-  void RunJobs();
-  void RunJob(Job* job);
+  void RaiseLanded(const v1::Landed& landed);
+  void RunJob(Job& job);
+  void RunStep(Job& job);
   void EndIfBroken();
+  void EndIf(bool broken) const;
   void AddPlanPage(const v1::PlanPage& page);
   void MakeWireId(uint64_t wire);
-  void OpenWire(Job* job);
+  void OpenWire(Job& job);
   void CloseWire(uint64_t wire);
 
   const ReportFn report_;
@@ -79,17 +74,15 @@ class WorkerCore {
   const std::unique_ptr<MemberTable> members_;
   const Transports transports_;
 
-  // Executor thread only.
+  // Thread of jobs_ only.
   std::map<uint64_t, Assembly> assemblies_;    ///< by plan handle
   std::map<uint64_t, uint64_t> plan_of_wire_;  ///< of the wires that were opened
+  // Threads of both.
   PlanStore plans_;
   StepRunner runner_;
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool stopping_ = false;
-  std::deque<std::unique_ptr<Job>> jobs_;  ///< the first is running
-  std::jthread thread_;
+  JobQueue jobs_;
+  JobQueue verifications_;
 };
 
 }  // namespace weightd

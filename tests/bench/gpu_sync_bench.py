@@ -9,11 +9,14 @@ Cases; those that need more GPUs than there are print why they were not run:
     moe        Qwen3-30B-A3B shapes with 8 of 48 layers, 1 trainer rank, bfloat16 -> TP 1 engine, same GPU
     peer       8B, trainer rank on GPU 0 -> TP 1 engine on GPU 1 (P2)
     peer_nccl  the same by pack, NCCL and scatter (worker.path = "wire"); its floor is raw NCCL, tests/bench/floor_nccl.py (P1)
-    moe_nccl   the shapes of moe, from GPU 0 to GPU 1, as peer_nccl
-    colocated  8B, trainer ranks on GPUs 0 and 1 -> TP 2 engine on the same two (P3)
+    colocated  8B, trainer ranks on GPUs 0 and 1 -> TP 2 engine on the same two (P3), sharded by rows as FSDP2 does by default:
+               only what TP cuts by columns crosses the link, 15 % of the bytes
+    crossed    the same, every tensor sharded along the dimension that TP does not cut: half of all bytes cross, each way
+    moe_peer, moe_peer_nccl   all 48 layers of Qwen3-30B-A3B, bfloat16, trainer rank on GPU 0 -> TP 1 engine on GPU 1
 `seconds` is rank 0's wall time in Actor.sync, admission to acknowledgement with verification, median of ROUNDS after one
 warm-up. `floor` is the time of torch's own kernel (dst.copy_(src), one contiguous buffer, same dtypes, on or between the
-same GPUs) for the bytes that land on the busiest GPU, measured by CUDA events in rank 0's process in this run. Bytes are
+same GPUs) for the bytes that land on the busiest GPU, measured by CUDA events in rank 0's process in this run; where trainer
+and engine share two GPUs, of one such kernel per GPU and direction, all four at once. Bytes are
 bytes landed in engine memory. `worker_mib` is what daemon and worker take before any client, `added_mib` what the syncs
 add on each GPU to what the clients hold. Prints one RESULT line per case.
 """
@@ -55,6 +58,7 @@ MOE = {
     "num_experts": 128, "vocab_size": 151936, "tie_word_embeddings": False, "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }  # fmt: skip
+MOE_WHOLE = {**MOE, "num_hidden_layers": 48}
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Case:
     trainers: tuple[int, ...]
     engines: tuple[int, ...]
     path: str = "auto"  # worker.path
+    crossed: bool = False  # sharded along the dimension that TP does not cut
 
     @property
     def num_gpus(self) -> int:
@@ -83,6 +88,21 @@ class Case:
         if self.config["tie_word_embeddings"]:
             shapes.pop("lm_head.weight")
         return shapes
+
+    def shard_dim(self, name: str) -> int:
+        """The dimension along which the trainer's ranks share a tensor."""
+        by_columns = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return int(self.crossed and not by_columns and "norm" not in name)
+
+    def crossing(self) -> float:
+        """The part of an engine rank's bytes that comes from the other GPU, for one rank per GPU and TP 2."""
+        total = crossing = 0.0
+        for name, shape in self.shapes().items():
+            elements = torch.Size(shape).numel()
+            total += elements
+            by_columns = name.endswith(("o_proj.weight", "down_proj.weight"))
+            crossing += elements / 2 if self.crossed or by_columns else 0
+        return crossing / total
 
     def params(self, tp_rank: int) -> dict[str, torch.Tensor]:
         """The engine's tensors, without memory."""
@@ -100,8 +120,35 @@ def _floor_seconds(case: Case, num_bytes: int, kernel_rate: float) -> float:
     return num_bytes * busiest / kernel_rate
 
 
+def _floor_both(case: Case) -> float:
+    """Bytes landed per second and GPU by plain kernels on two GPUs that keep a part and swap the rest."""
+    away = int(FLOOR_ELEMENTS * case.crossing())
+    pairs, streams = [], []
+    for gpu in (0, 1):
+        for elements, to in ((FLOOR_ELEMENTS - away, gpu), (away, 1 - gpu)):
+            src = torch.randn(elements, device=f"cuda:{gpu}", dtype=getattr(torch, case.source))
+            pairs.append((torch.empty(elements, device=f"cuda:{to}", dtype=torch.bfloat16), src))
+            streams.append(torch.cuda.Stream(gpu))
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        for gpu in (0, 1):
+            torch.cuda.synchronize(gpu)
+        begin = time.perf_counter()
+        for (dst, src), stream in zip(pairs, streams):
+            with torch.cuda.stream(stream):
+                dst.copy_(src)
+        for stream in streams:
+            stream.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    pairs.clear()
+    torch.cuda.empty_cache()
+    return 2 * FLOOR_ELEMENTS / statistics.median(seconds[1:])
+
+
 def _floor(case: Case) -> float:
     """Bytes landed per second by a plain kernel on the way of the busiest GPU's bytes."""
+    if len(set(case.trainers)) > 1:
+        return _floor_both(case)
     source = torch.device("cuda", case.trainers[0])
     target = torch.device("cuda", case.engines[-1] if len(case.trainers) == 1 else case.engines[0])
     src = torch.randn(FLOOR_ELEMENTS, device=source, dtype=getattr(torch, case.source))
@@ -125,7 +172,8 @@ def _trainer(case: Case, address: str, group: str, rank: int, barrier: Any, out:
     dtype, world = getattr(torch, case.source), len(case.trainers)
     source = {}
     for name, shape in case.shapes().items():
-        part = row_shard(torch.empty(shape, dtype=dtype, device="meta"), world, rank)
+        whole = torch.empty(shape, dtype=dtype, device="meta")
+        part = row_shard(whole, world, rank, case.shard_dim(name))
         part._local_tensor = torch.randn(part._local_tensor.shape, device="cuda", dtype=dtype)
         source[name] = part
     torch.cuda.synchronize()
@@ -225,13 +273,14 @@ def run(case: Case) -> dict[str, Any]:
 
 
 LLAMA_CLASS = "LlamaForCausalLM"
+MOE_CLASS = "Qwen3MoeForCausalLM"
 CASES: dict[str, Callable[[], list[Case]]] = {
     "fixed": lambda: [Case("fixed", SMALL, "Qwen2ForCausalLM", "float32", (0,), (0,))],
     "same": lambda: [
         Case(f"same_{d}", LLAMA, LLAMA_CLASS, d, (0,), (0,)) for d in ("float32", "bfloat16")
     ],
     "same_tp2": lambda: [Case("same_tp2_float32", LLAMA, LLAMA_CLASS, "float32", (0, 0), (0, 0))],
-    "moe": lambda: [Case("moe", MOE, "Qwen3MoeForCausalLM", "bfloat16", (0,), (0,))],
+    "moe": lambda: [Case("moe", MOE, MOE_CLASS, "bfloat16", (0,), (0,))],
     "peer": lambda: [
         Case(f"peer_{d}", LLAMA, LLAMA_CLASS, d, (0,), (1,)) for d in ("float32", "bfloat16")
     ],
@@ -239,10 +288,17 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         Case(f"peer_nccl_{d}", LLAMA, LLAMA_CLASS, d, (0,), (1,), "wire")
         for d in ("float32", "bfloat16")
     ],
-    "moe_nccl": lambda: [Case("moe_nccl", MOE, "Qwen3MoeForCausalLM", "bfloat16", (0,), (1,), "wire")],
     "colocated": lambda: [
         Case(f"colocated_{d}", LLAMA, LLAMA_CLASS, d, (0, 1), (0, 1))
         for d in ("float32", "bfloat16")
+    ],
+    "crossed": lambda: [
+        Case(f"crossed_{d}", LLAMA, LLAMA_CLASS, d, (0, 1), (0, 1), crossed=True)
+        for d in ("float32", "bfloat16")
+    ],
+    "moe_peer": lambda: [Case("moe_peer", MOE_WHOLE, MOE_CLASS, "bfloat16", (0,), (1,))],
+    "moe_peer_nccl": lambda: [
+        Case("moe_peer_nccl", MOE_WHOLE, MOE_CLASS, "bfloat16", (0,), (1,), "wire")
     ],
 }
 

@@ -94,18 +94,19 @@ def _train(
 
 
 @pytest.mark.parametrize(
-    ("mesh", "devices", "path"),
+    ("mesh", "devices", "path", "verify"),
     [
-        ("hsdp2x2", ("host",), "auto"),
-        ("fsdp4", ("host", "host.1", "host.2"), "auto"),
-        ("fsdp4", ("host", "host.1", "host.2"), "wire"),
+        ("hsdp2x2", ("host",), "auto", "after"),
+        ("fsdp4", ("host", "host.1", "host.2"), "auto", "beside"),
+        ("fsdp4", ("host", "host.1", "host.2"), "wire", "after"),
+        ("hsdp2x2", ("host", "host.1", "host.2"), "wire", "beside"),
     ],
 )
 def test_every_stage_is_converted_bit_for_bit(
-    mesh: str, devices: tuple[str, ...], path: str
+    mesh: str, devices: tuple[str, ...], path: str, verify: str
 ) -> None:
     """An engine of two ranks in stages beside one that takes everything in place."""
-    settings = f'[worker]\ndevices = {json.dumps(devices)}\npath = "{path}"\n'
+    settings = f'[worker]\ndevices = {json.dumps(devices)}\npath = "{path}"\nverify = "{verify}"\n'
     with Cluster(settings) as cluster:
         process = cluster.start_engines("engines")
         engines = []

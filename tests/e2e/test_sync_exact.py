@@ -61,9 +61,10 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def wired_cluster() -> Iterator[Cluster]:
-    """A daemon whose workers send to each other, in many small turns."""
+    """A daemon whose workers send to each other, in many small turns, and verify meanwhile."""
     settings = f"[worker]\ndevices = {list(DEVICES)}\n".replace("'", '"')
-    with Cluster(f'{settings}path = "wire"\nwire_bytes = "64KiB"\n') as running:
+    wire = 'path = "wire"\nwire_bytes = "64KiB"\nverify = "beside"\n'
+    with Cluster(settings + wire) as running:
         yield running
 
 

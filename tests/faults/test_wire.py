@@ -30,7 +30,7 @@ from tests.support.faults import SURVIVOR_SECONDS, Scene, poll
 pytestmark = pytest.mark.skipif(bool(missing_binaries()), reason=missing_binaries() or "-")
 
 DEVICES = ("host", "host.1", "host.2")
-WIRE = 'path = "wire"\nwire_bytes = "64KiB"\n\n'
+WIRE = 'path = "wire"\nwire_bytes = "64KiB"\nverify = "beside"\n\n'
 
 
 def _ready(folder: Path, settings: str = "") -> Scene:

@@ -55,9 +55,10 @@ def _sync(actor: Actor, version: int, options: dict[str, Any]) -> Outcome:
 
 
 class Shard:
-    """Rows ``index`` of ``parts`` equal parts, as torch's placement of that name says it."""
+    """One of equal parts along `dim`, as torch's placement of that name says it."""
 
-    dim = 0
+    def __init__(self, dim: int = 0) -> None:
+        self.dim = dim
 
     def is_partial(self) -> bool:
         """Never: nothing is pending."""
@@ -68,18 +69,19 @@ class Shard:
         return False
 
 
-def row_shard(tensor: torch.Tensor, parts: int, index: int) -> Any:
-    """Returns what looks like a DTensor that holds one part of a tensor's rows.
+def row_shard(tensor: torch.Tensor, parts: int, index: int, dim: int = 0) -> Any:
+    """Returns what looks like a DTensor that holds one part of a tensor's rows, or of `dim`.
 
     Unlike torch's own it can be given to ranks so that they overlap or leave gaps.
     """
-    step = -(-tensor.shape[0] // parts)
-    local = tensor[index * step : (index + 1) * step].clone()
+    step = -(-tensor.shape[dim] // parts)
+    begin = min(index * step, tensor.shape[dim])
+    local = tensor.narrow(dim, begin, min(step, tensor.shape[dim] - begin)).clone()
     mesh = SimpleNamespace(shape=(parts,), get_coordinate=lambda: [index])
     return SimpleNamespace(
         shape=tensor.shape,
         dtype=tensor.dtype,
         device_mesh=mesh,
-        placements=(Shard(),),
+        placements=(Shard(dim),),
         _local_tensor=local,
     )

@@ -68,6 +68,10 @@ inline constexpr char kAllGpus[] = "gpu";
 /// In worker.path.
 inline constexpr char kAutoPath[] = "auto";
 inline constexpr char kWirePath[] = "wire";
+/// In worker.verify.
+inline constexpr char kVerifyAuto[] = "auto";
+inline constexpr char kVerifyBeside[] = "beside";
+inline constexpr char kVerifyAfter[] = "after";
 
 struct WorkerConfig {
   std::vector<std::string> devices = {"host"};  ///< served, one worker each
@@ -76,6 +80,7 @@ struct WorkerConfig {
   std::chrono::milliseconds restart_backoff{100};  ///< pause before a dead worker is replaced
   std::string path = kAutoPath;      ///< "wire": never store directly between different devices
   uint64_t wire_bytes = 192u << 20;  ///< staging of one device for what is sent
+  std::string verify = kVerifyAuto;  ///< beside the transfer or after it; "auto": beside on GPUs
   bool operator==(const WorkerConfig&) const = default;
 };
 

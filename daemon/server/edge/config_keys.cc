@@ -72,6 +72,9 @@ Check CheckOneOf(const std::string& value, std::initializer_list<const char*> al
 Check CheckLevel(const std::string& v) { return CheckOneOf(v, {"debug", "info", "warn", "error"}); }
 Check CheckFormat(const std::string& v) { return CheckOneOf(v, {"text", "json"}); }
 Check CheckPath(const std::string& v) { return CheckOneOf(v, {kAutoPath, kWirePath}); }
+Check CheckVerify(const std::string& v) {
+  return CheckOneOf(v, {kVerifyAuto, kVerifyBeside, kVerifyAfter});
+}
 Check CheckRetain(const std::string& v) { return CheckOneOf(v, {"none", "host"}); }
 
 struct Unit {
@@ -228,6 +231,7 @@ std::vector<Key> BindKeys(Config* c) {
       {"worker", "restart_backoff", duration(&c->worker.restart_backoff)},
       {"worker", "path", TextSlot{&c->worker.path, CheckPath}},
       {"worker", "wire_bytes", CountSlot{&c->worker.wire_bytes, kMinWireBytes, 64 * kGiB, true}},
+      {"worker", "verify", TextSlot{&c->worker.verify, CheckVerify}},
       {"catch_up", "enabled", FlagSlot{&c->catch_up.enabled}},
       {"catch_up", "retain", TextSlot{&c->catch_up.retain, CheckRetain}},
   };

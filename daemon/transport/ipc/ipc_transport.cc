@@ -110,9 +110,16 @@ void IpcTransport::MakeRoom() {
 Status IpcTransport::Run(std::span<std::vector<TableRun>> lanes, RunControl& control) {
   uint32_t windows = 0;
   uint64_t bytes = 0;
-  const TableRun::WindowFn on_window = [&](uint64_t landed, const std::string& next) {
-    bytes += landed;
-    if (control.on_window) control.on_window(++windows, bytes, next);
+  const auto advance = [&](TableRun& run) -> StatusOr<bool> {
+    uint32_t landed = 0;
+    WEIGHTD_ASSIGN_OR_RETURN(const bool moved,
+                             run.Advance([&](const StepWindow& window, const std::string& next) {
+                               bytes += window.bytes;
+                               landed = window.landed;
+                               if (control.on_window) control.on_window(++windows, bytes, next);
+                             }));
+    if (landed > 0 && control.on_landed) control.on_landed(run.binder().target_number(), landed);
+    return moved;
   };
   const auto run = [&]() -> Status {
     std::vector<size_t> current(lanes.size());
@@ -123,7 +130,7 @@ Status IpcTransport::Run(std::span<std::vector<TableRun>> lanes, RunControl& con
         while (current[i] < lanes[i].size() && lanes[i][current[i]].finished()) ++current[i];
         if (current[i] == lanes[i].size()) continue;
         left = true;
-        WEIGHTD_ASSIGN_OR_RETURN(const bool advanced, lanes[i][current[i]].Advance(on_window));
+        WEIGHTD_ASSIGN_OR_RETURN(const bool advanced, advance(lanes[i][current[i]]));
         moved = moved || advanced;
       }
       if (!left) return absl::OkStatus();
@@ -197,6 +204,9 @@ StatusOr<RankDigests> IpcTransport::Verify(const BoundPlan& plan, size_t target,
   if (!loaded.ok()) return binder.Fail(Note(loaded.status()), "");
   std::vector<TableRun> lane;
   lane.emplace_back(*loaded, &binder, &local_, 0, options_.group_bytes);
+  if (control.landed != nullptr) {
+    lane.back().Follow(control.landed, control.beside_wire ? kBlocksBesideWire : 0);
+  }
   WEIGHTD_RETURN_IF_ERROR(Run({&lane, 1}, control));
   StatusOr<RankDigests> digests = DigestsOf(**loaded, binder);
   if (!digests.ok()) return binder.Fail(digests.status(), "");

@@ -17,6 +17,10 @@
 
 namespace weightd {
 
+/// Blocks that digest while a wire still receives: more than the link's rate needs. They, those
+/// that scatter and NCCL's each have a multiprocessor for themselves.
+inline constexpr int kBlocksBesideWire = 40;
+
 struct IpcOptions {
   /// Large copies without a cast go through the copy engine: to peers it reaches the link's rate
   /// and a kernel does not; on one GPU a kernel is faster, since it digests in the same pass.

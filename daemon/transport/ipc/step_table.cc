@@ -108,8 +108,10 @@ StatusOr<StepTable> BuildTransferTable(const BoundPlan& plan, const StepBinder& 
   for (const Binding& binding : binder.target().params) table.ranges.Add(binding);
   cuda::BoxTableBuilder builder(table.ranges.sizes(), static_cast<uint32_t>(binder.num_words()));
   const RankPlan& rank_plan = *binder.target().plan;
-  for (const Window& window : rank_plan.windows) {
-    StepWindow step{window.bytes, rank_plan.copies[window.begin].write, {}};
+  const std::vector<uint32_t> landed = WritesLanded(rank_plan);
+  for (size_t w = 0; w < rank_plan.windows.size(); ++w) {
+    const Window& window = rank_plan.windows[w];
+    StepWindow step{window.bytes, rank_plan.copies[window.begin].write, landed[w], {}};
     for (uint32_t i = window.begin; i < window.end; ++i) {
       const Copy copy = rank_plan.copies[i];
       WEIGHTD_ASSIGN_OR_RETURN(const BlockItem item, binder.BindCopy(copy));
@@ -139,10 +141,11 @@ StatusOr<StepTable> BuildVerifyTable(const StepBinder& binder) {
     const Status added = AddVerified(table.ranges, item, &builder);
     if (!added.ok()) return binder.Fail(added, binder.ParamAt(w));
     window.bytes += BytesOf(item.to.extent, item.to.dtype);
+    window.landed = static_cast<uint32_t>(w + 1);
     if (window.bytes < kVerifyWindowBytes && w + 1 < num_writes) continue;
     builder.EndWindow();
     table.windows.push_back(window);
-    window = {0, static_cast<uint32_t>(w + 1), {}};
+    window = {0, static_cast<uint32_t>(w + 1), 0, {}};
   }
   table.image = std::move(builder).Finish();
   return table;
@@ -221,7 +224,7 @@ StatusOr<StepTable> BuildShardTable(const BoundPlan& plan, const StepBinder& bin
                         {tensor, info.shape, held.origin}, 0);
   if (!added.ok()) return binder.Fail(added, info.name);
   builder.EndWindow();
-  table.windows.push_back({BytesOf(held.extent, info.dtype), 0, {}});
+  table.windows.push_back({BytesOf(held.extent, info.dtype), 0, 0, {}});
   table.image = std::move(builder).Finish();
   return table;
 }

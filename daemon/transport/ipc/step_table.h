@@ -49,6 +49,9 @@ struct EngineCopy {
 struct StepWindow {
   uint64_t bytes = 0;  ///< landed or read
   uint32_t first = 0;  ///< position of its first write in the layout
+  /// Of the layout's writes. Transfer: those that have landed once it has. Verify: those that must
+  /// have landed before it is read.
+  uint32_t landed = 0;
   std::vector<EngineCopy> copies;
 };
 

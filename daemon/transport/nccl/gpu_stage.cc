@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "daemon/device/cuda/device.h"
+#include "daemon/transport/ipc/ipc_transport.h"
 #include "daemon/transport/ipc/step_table.h"
 #include "daemon/transport/nccl/nccl_wire.h"
 
@@ -38,6 +39,8 @@ StatusOr<std::unique_ptr<GpuStage>> GpuStage::Create(cuda::DeviceId device) {
   WEIGHTD_ASSIGN_OR_RETURN(const int multiprocessors, cuda::NumMultiprocessors(device));
   // Each block has a multiprocessor for itself, and NCCL's kernels, which run beside, have theirs.
   stage->blocks_ = std::max(multiprocessors - kMaxNcclCtas, 1);
+  // Where bytes are scattered they are also verified meanwhile.
+  stage->scatter_blocks_ = std::max(stage->blocks_ - kBlocksBesideWire, 1);
   return stage;
 }
 

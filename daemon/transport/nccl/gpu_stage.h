@@ -30,7 +30,7 @@ class GpuStage final : public WireStage {
   Status Begin(const BoundPlan& plan, const WireSchedule& schedule, RunControl& control) override;
   Status Pack(uint32_t turn) override { return packing_.Launch(turn, blocks_); }
   StatusOr<uint32_t> Packed() override { return packing_.Done(); }
-  Status Scatter(uint32_t turn) override { return scattering_.Launch(turn, blocks_); }
+  Status Scatter(uint32_t turn) override { return scattering_.Launch(turn, scatter_blocks_); }
   StatusOr<uint32_t> Scattered() override { return scattering_.Done(); }
   StatusOr<std::vector<uint64_t>> Words() override;
   Status Drain() override;
@@ -70,6 +70,7 @@ class GpuStage final : public WireStage {
 
   const cuda::DeviceId device_;
   int blocks_ = 0;
+  int scatter_blocks_ = 0;
   cuda::DeviceBuffer ring_;
   std::list<Tables> tables_;  ///< latest use first
   Lane packing_;

@@ -178,6 +178,7 @@ StatusOr<RankDigests> ShmTransport::Step::Transfer(size_t target) {
   copies_ = true;
   const RankPlan& rank_plan = *binder_.target().plan;
   stream_ = rank_plan.bytes >= kStreamBytes;
+  const std::vector<uint32_t> landed = WritesLanded(rank_plan);
   uint64_t bytes = 0;
   for (size_t w = 0; w < rank_plan.windows.size(); ++w) {
     const Window& window = rank_plan.windows[w];
@@ -191,6 +192,7 @@ StatusOr<RankDigests> ShmTransport::Step::Transfer(size_t target) {
     }
     bytes += window.bytes;
     binder_.Report(static_cast<uint32_t>(w + 1), bytes, binder_.FirstParam(w + 1));
+    if (control_.on_landed) control_.on_landed(static_cast<uint32_t>(target), landed[w]);
   }
   WEIGHTD_RETURN_IF_ERROR(binder_.Check(""));
   return TakeDigests();
@@ -203,6 +205,7 @@ StatusOr<RankDigests> ShmTransport::Step::Verify(size_t target) {
   uint32_t windows = 0;
   for (size_t w = 0; w < writes.size(); ++w) {
     if (pending == 0) WEIGHTD_RETURN_IF_ERROR(binder_.Check(binder_.ParamAt(w)));
+    WEIGHTD_RETURN_IF_ERROR(binder_.AwaitLanded(w + 1));
     WEIGHTD_ASSIGN_OR_RETURN(const BlockItem item, binder_.BindWrite(w));
     Add(item);
     pending += BytesOf(writes[w].target, item.to.dtype);

@@ -4,6 +4,21 @@
 
 namespace weightd {
 
+std::vector<std::map<uint32_t, uint32_t>> WritesReceived(const WireSchedule& schedule) {
+  const WireSide& side = schedule.receives;
+  std::map<uint32_t, uint32_t> left;  // the first write of which something is to come
+  for (const uint32_t target : side.targets) left[target] = kAllLanded;
+  std::vector<std::map<uint32_t, uint32_t>> landed(schedule.num_turns);
+  for (uint32_t turn = schedule.num_turns; turn-- > 0;) {
+    landed[turn] = left;
+    for (uint32_t i = side.copy_begin(turn); i < side.copy_end[turn]; ++i) {
+      uint32_t& first = left[side.targets[i]];
+      first = std::min(first, side.copies[i].write);
+    }
+  }
+  return landed;
+}
+
 /// Starts the group of the next turn, if its parts are packed and a slot to receive into is free.
 StatusOr<bool> WireRun::StartGroup() {
   WEIGHTD_ASSIGN_OR_RETURN(const uint32_t packed, stage_.Packed());

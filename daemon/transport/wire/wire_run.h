@@ -2,11 +2,17 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
+#include <vector>
 
 #include "daemon/base/status.h"
 #include "daemon/transport/wire/wire.h"
 
 namespace weightd {
+
+/// Per turn and engine rank that receives: the writes of which nothing is left to be received once
+/// the turn is over.
+std::vector<std::map<uint32_t, uint32_t>> WritesReceived(const WireSchedule& schedule);
 
 /// All turns of one transfer on one device: pack, send and receive, scatter, each of them in order
 /// and beside the others, as far as slots are free. Thread safety: none.

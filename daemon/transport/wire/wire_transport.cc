@@ -159,6 +159,7 @@ StatusOr<WireTransport::Digests> WireTransport::RunTurns(Opened& opened, const B
   WEIGHTD_RETURN_IF_ERROR(stage_->Begin(plan, schedule, control));
   const WireBinder names(plan, schedule, stage_->ring());
   WireRun run(*opened.wire, *stage_, schedule, opened.groups);
+  const std::vector<std::map<uint32_t, uint32_t>> landed = WritesReceived(schedule);
   Clock::time_point moved = Clock::now(), ended = moved;
   uint32_t reported = 0;
   uint64_t bytes = 0;
@@ -173,6 +174,9 @@ StatusOr<WireTransport::Digests> WireTransport::RunTurns(Opened& opened, const B
       ended = now;
       next = names.NameAt(reported);
       if (control.on_window) control.on_window(reported, bytes, next);
+      for (const auto& [target, writes] : landed[reported - 1]) {
+        if (control.on_landed) control.on_landed(target, writes);
+      }
     }
     if (turn_limit.count() > 0 && now - ended > turn_limit) {
       return binder.Fail(TurnTooLong(schedule, reported, turn_limit, next), next);

@@ -65,14 +65,25 @@ class FakeWorker : public WorkerPort {
   void SendStep(const StepCommand& command) override {
     const std::string round = command.round == 0 ? "" : fmt::format("+{}", command.round);
     Log((command.step == Step::kTransfer ? "transfer"
+         : command.follows               ? "follow"
          : command.step == Step::kVerify ? "verify"
                                          : "check") +
         round);
     if (command.step == Step::kTransfer) fixture_.wires_used.push_back(command.wire);
+    if (command.follows) following_ = command;
     if (fixture_.script.on_step) return fixture_.script.on_step(device_, command);
-    fixture_.StepDone(device_, command);
+    if (!command.follows) fixture_.StepDone(device_, command);
   }
-  void SendCancel(AttemptId) override { Log("cancel"); }
+  void SendCancel(AttemptId) override {
+    Log("cancel");
+    if (fixture_.script.on_cancel) fixture_.script.on_cancel(device_);
+  }
+  void SendLanded(const LandedMark& mark) override {
+    Log(mark.writes == kAllWrites ? fmt::format("landed {} all", mark.target)
+                                  : fmt::format("landed {} {}", mark.target, mark.writes));
+    if (fixture_.script.on_landed) return fixture_.script.on_landed(device_, mark);
+    if (mark.writes == kAllWrites) fixture_.StepDone(device_, following_);
+  }
   void SendMakeWireId(uint64_t wire) override {
     Log("make wire");
     fixture_.mailbox.Post(
@@ -98,6 +109,7 @@ class FakeWorker : public WorkerPort {
 
   SyncFixture& fixture_;
   const std::string device_;
+  StepCommand following_;  ///< answered when all has landed
 };
 
 std::shared_ptr<const ActorRank> MakeActor(int rank, const Scene& scene) {
@@ -167,6 +179,15 @@ void SyncFixture::StepDone(const std::string& device, const StepCommand& command
   const std::set<std::string> writers(scene_.actor_devices.begin(), scene_.actor_devices.end());
   const uint64_t supplied = writers.contains(device) ? kWord / writers.size() : 0;
   StepDone(device, command, command.step == Step::kTransfer ? supplied : kWord);
+}
+
+void SyncFixture::Landed(const std::string& device, const StepCommand& command, uint32_t writes) {
+  mailbox.Post({.kind = Event::Kind::kLanded,
+                .device = device,
+                .attempt = command.attempt,
+                .round = command.round,
+                .target = command.targets.front(),
+                .writes = writes});
 }
 
 void SyncFixture::LoseWorker(const std::string& device) {

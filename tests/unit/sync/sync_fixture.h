@@ -21,6 +21,8 @@ struct Script {
   std::function<void(MemberId, AttemptId, uint32_t stage)> on_convert;
   std::function<void(MemberId, AttemptId)> on_commit;
   std::function<void(const std::string& device, const StepCommand&)> on_step;
+  std::function<void(const std::string& device)> on_cancel;
+  std::function<void(const std::string& device, const LandedMark&)> on_landed;
   std::function<Digest128(const std::string& device, Digest128)> on_plan;
   std::function<void(const std::string& device, const WireOffer&)> on_open_wire;
 };
@@ -83,6 +85,7 @@ class SyncFixture : public SessionHost {
   /// What a healthy worker answers: the words of all writers add up to that of the verification.
   void StepDone(const std::string& device, const StepCommand& command);
   void LoseWorker(const std::string& device);
+  void Landed(const std::string& device, const StepCommand& command, uint32_t writes);
   /// A worker's answer to an offer.
   void WireReady(const std::string& device, uint64_t wire, const Status& status = {});
   void Lose(MemberId member, bool engine);

@@ -259,6 +259,71 @@ TEST_CASE("windows are reported in order with the bytes that landed") {
   CHECK(next.empty());
 }
 
+TEST_CASE("a window tells of which writes nothing is left") {
+  auto fixture = MakeFixture(4);
+  const RankPlan& plan = fixture->rank_plan();
+  ShmTransport transport;
+  RunControl control;
+  std::vector<uint32_t> told;
+  control.on_landed = [&](uint32_t target, uint32_t writes) {
+    CHECK(target == 0);
+    told.push_back(writes);
+  };
+  REQUIRE(transport.Transfer(fixture->plan(), 0, control).ok());
+  REQUIRE(plan.windows.size() > 3);
+  REQUIRE(told.size() == plan.windows.size());
+  CHECK(told.back() == kAllLanded);
+  for (size_t w = 0; w + 1 < told.size(); ++w) {
+    uint32_t first = kAllLanded;
+    for (uint32_t i = plan.windows[w].end; i < plan.copies.size(); ++i) {
+      first = std::min(first, plan.copies[i].write);
+    }
+    CHECK(told[w] == first);
+  }
+}
+
+TEST_CASE("a verification beside the transfer reads what has landed, and waits for the rest") {
+  auto fixture = MakeFixture(4);
+  ShmTransport transport, verifier;
+  std::atomic<uint32_t> landed = 0;
+  RunControl follows;
+  follows.landed = &landed;
+  StatusOr<RankDigests> verified = RankDigests();
+  std::jthread beside([&] { verified = verifier.Verify(fixture->plan(), 0, follows); });
+  RunControl control;
+  uint32_t windows_verified = 0;
+  follows.on_window = [&](uint32_t windows, uint64_t, const std::string&) {
+    CHECK(landed == kAllLanded);  // the fixture is smaller than a window of Verify
+    windows_verified = windows;
+  };
+  control.on_landed = [&](uint32_t, uint32_t writes) {
+    std::this_thread::sleep_for(milliseconds(1));
+    landed = writes;
+  };
+  const auto transferred = transport.Transfer(fixture->plan(), 0, control);
+  beside.join();
+  REQUIRE(transferred.ok());
+  REQUIRE(verified.ok());
+  CHECK(*verified == *transferred);
+  CHECK(windows_verified == 1);
+}
+
+TEST_CASE("a verification that waits for bytes can be cancelled and has a deadline") {
+  auto fixture = MakeFixture(4);
+  std::atomic<uint32_t> landed = 1;
+  std::atomic<bool> cancelled = true;
+  for (const bool late : {false, true}) {
+    RunControl control;
+    control.landed = &landed;
+    if (late) control.deadline = Clock::now() + milliseconds(5);
+    if (!late) control.cancelled = &cancelled;
+    const auto verified = ShmTransport().Verify(fixture->plan(), 0, control);
+    REQUIRE_FALSE(verified.ok());
+    CHECK(FieldsOf(verified.status()).reason == (late ? reason::kDeadline : reason::kCancelled));
+    CHECK(FieldsOf(verified.status()).phase == "verify");
+  }
+}
+
 TEST_CASE("memory that went away ends the step, even after the last window") {
   auto fixture = MakeFixture(100);
   ShmTransport transport;

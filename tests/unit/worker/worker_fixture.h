@@ -32,7 +32,9 @@ struct WorkerFixture {
     options.members.socket_path = path;
     options.num_threads = 1;
     StatusOr<std::unique_ptr<WorkerCore>> created =
-        WorkerCore::Create(options, {std::move(transport), Wires()},
+        WorkerCore::Create(options,
+                           {std::move(transport),
+                            std::make_unique<ShmTransport>(ShmOptions{.num_threads = 2}), Wires()},
                            [this](v1::WorkerReport report) { reports.Add(std::move(report)); });
     REQUIRE(created.ok());
     core = *std::move(created);
@@ -105,6 +107,17 @@ struct WorkerFixture {
   /// Of transfers that begin from now on.
   uint64_t wire = 0;
   milliseconds turn_deadline{0};
+  bool follows = false;  ///< of verifications that begin from now on
+  /// To the verification of the last attempt.
+  void Landed(uint32_t writes) {
+    v1::WorkerCommand command;
+    v1::Landed& landed = *command.mutable_landed();
+    landed.mutable_attempt()->set_epoch(1);
+    landed.mutable_attempt()->set_counter(attempts);
+    landed.set_round(round);
+    landed.set_writes(writes);
+    core->Handle(std::move(command));
+  }
   void Start(v1::Step step, const std::vector<uint64_t>& peers = {}, uint64_t version = 1,
              uint64_t deadline_us = 0) {
     v1::WorkerCommand command;
@@ -120,6 +133,7 @@ struct WorkerFixture {
     run.set_round(round);
     run.set_wire(wire);
     run.set_turn_deadline_us(static_cast<uint64_t>(turn_deadline.count()) * 1000);
+    run.set_follows(follows && step == v1::STEP_VERIFY);
     core->Handle(std::move(command));
   }
   v1::StepDone Run(v1::Step step, const std::vector<uint64_t>& peers = {}, uint64_t version = 1) {
