@@ -56,12 +56,10 @@ def _engine(address: str, model: str, config: dict[str, Any], tp_rank: int, tp: 
         done.wait()
 
 
-def _trainer(address: str, model: str, group: str, rank: int, world: int, shapes: Any, rounds: int, barrier: Any, out: Any) -> None:  # fmt: skip
+def _trainer(address: str, model: str, group: str, rank: int, world: int, shapes: Any, dtype: torch.dtype, rounds: int, barrier: Any, out: Any) -> None:  # fmt: skip
     torch.set_num_threads(1)
-    tensors = [
-        (name, torch.randn(shape) if world == 1 else row_shard(torch.randn(shape), world, rank))
-        for name, shape in shapes
-    ]
+    full = ((name, torch.randn(shape).to(dtype)) for name, shape in shapes)
+    tensors = [(name, t if world == 1 else row_shard(t, world, rank)) for name, t in full]
     seconds, phases = [], []
     with Actor(address, model=model, rank=rank, world_size=world, group=group) as actor:
         actor.register(tensors)
@@ -76,8 +74,8 @@ def _trainer(address: str, model: str, group: str, rank: int, world: int, shapes
         out.put((seconds, phases, ack.bytes))
 
 
-def run_case(model: str, config: dict[str, Any], shapes: Any, world: int, tp: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:  # fmt: skip
-    """Runs one case on a fresh daemon and returns medians."""
+def run_case(model: str, config: dict[str, Any], shapes: Any, world: int, tp: int, dtype: torch.dtype, rounds: int, source_dtype: torch.dtype = torch.float32) -> dict[str, Any]:  # fmt: skip
+    """Runs one case on a fresh daemon and returns medians; ``dtype`` is the engine's, ``source_dtype`` the trainer's."""
     context, group = mp.get_context("spawn"), new_group()
     ready, out, done = context.Queue(), context.Queue(), context.Event()
     barrier = context.Barrier(world)
@@ -91,7 +89,7 @@ def run_case(model: str, config: dict[str, Any], shapes: Any, world: int, tp: in
         for _ in engines:
             ready.get(timeout=120)
         trainers = [
-            context.Process(target=_trainer, args=(cluster.address, model, group, r, world, shapes, rounds, barrier, out))
+            context.Process(target=_trainer, args=(cluster.address, model, group, r, world, shapes, source_dtype, rounds, barrier, out))
             for r in range(world)
         ]  # fmt: skip
         for process in trainers:
