@@ -24,7 +24,7 @@ def register() -> None:
     """Registers backend ``weightd`` with vLLM. May be called again."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from weightd.vllm import guard, post_load, worker_calls
+    from weightd.vllm import guard, post_load, quiet_wait, worker_calls
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
@@ -33,6 +33,7 @@ def register() -> None:
     post_load.install()
     guard.install_in_core()
     guard.install_version_in_core()
+    quiet_wait.install()
     worker_calls.install()
     register_trainer()
     _spawn_workers()
