@@ -43,8 +43,8 @@ setup_build() {
   local preset="$1"
   shift
   say "building preset $preset: $*"
-  # Objects are found again by other checkouts of the same sources.
-  export CCACHE_BASEDIR="$ROOT" CCACHE_NOHASHDIR=1
+  # Objects are found again by other checkouts of the same sources; the last is for precompiled headers.
+  export CCACHE_BASEDIR="$ROOT" CCACHE_NOHASHDIR=1 CCACHE_SLOPPINESS=pch_defines,time_macros
   (cd "$ROOT" && cmake --preset "$preset" >/dev/null && cmake --build --preset "$preset" --target "$@" -- --quiet)
 }
 

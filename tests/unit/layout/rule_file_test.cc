@@ -1,6 +1,8 @@
 // Malformed rule files: each error names the file, the line and the remedy.
 #include "daemon/layout/rule_file.h"
 
+#include <fmt/format.h>
+
 #include <catch2/catch.hpp>
 
 namespace weightd {
@@ -82,8 +84,8 @@ TEST_CASE("an incomplete file is refused") {
 }
 
 TEST_CASE("comments, blank lines and line ends of other systems are no content") {
-  const std::string text = std::string("# a comment\r\n\r\n") + kHeader +
-                           "a.#l.w -> & : rep  # not a capture\n  # indented\n";
+  const std::string text = fmt::format(
+      "# a comment\r\n\r\n{}a.#l.w -> & : rep  # not a capture\n  # indented\n", kHeader);
   const auto file = RuleFile::Parse(text, "embedded:llama");
   REQUIRE(file.ok());
   CHECK(file->name == "llama");

@@ -1,0 +1,1 @@
+// Has the headers that tests share compiled once (tests/CMakeLists.txt).
