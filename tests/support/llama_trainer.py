@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Optional, Protocol, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.cluster import EngineCaller, EngineProcess
+from tests.support.cluster import EngineCaller
 from tests.support.vllm_engine import llama_config
 from weightd import Ack, Actor
 
@@ -65,10 +65,16 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
+class _Callable(Protocol):
+    """A process that runs a vLLM, or what makes calls to one."""
+
+    def call(self, operation: str, **arguments: Any) -> Any: ...
+
+
 class Update(threading.Thread):
     """vLLM's calls of one update, made beside the sync, as a driver does."""
 
-    def __init__(self, engine: Union[EngineCaller, EngineProcess], model: str, version: int) -> None:
+    def __init__(self, engine: _Callable, model: str, version: int) -> None:
         super().__init__(daemon=True)
         self._engine, self._model, self._version = engine, model, version
         self.answer: dict[str, Any] = {}

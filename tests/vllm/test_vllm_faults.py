@@ -1,5 +1,5 @@
 """What a real vLLM of two workers makes of failures: nobody raises on a single rank, nothing torn is
-served, and who comes back catches up.
+served, and who comes back catches up. Where vLLM's own processes end, it starts as a user starts it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, Union
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ import torch
 from tests.support.cluster import Cluster, EngineProcess
 from tests.support.llama_trainer import Update, make_model, train_step
 from tests.support.vllm_engine import missing_parts, start_vllm
+from tests.support.vllm_fork import ForkedEngine
 from weightd import Ack, Actor, Error
 
 pytestmark = pytest.mark.skipif(bool(missing_parts()), reason=missing_parts() or "-")
@@ -28,6 +29,7 @@ TP_SIZE = 2
 _PATIENCE_SECONDS = 30.0
 _GOOD_SYNCS = 10
 _NOTICE_SECONDS = 1.0  # for the daemon to see a death before a stopped worker goes on
+_Engine = Union[EngineProcess, ForkedEngine]
 
 
 class Trainer:
@@ -38,7 +40,7 @@ class Trainer:
         self._actor = Actor(cluster.address, model=MODEL, rank=0, world_size=1)
         self._actor.register(self._model)
 
-    def sync(self, version: int, engine: Optional[EngineProcess] = None) -> Ack:
+    def sync(self, version: int, engine: Optional[_Engine] = None) -> Ack:
         """Changes the weights and syncs; ``engine`` is driven meanwhile."""
         train_step(self._model, 1)
         update = None if engine is None else Update(engine, MODEL, version)
@@ -48,7 +50,7 @@ class Trainer:
             if update is not None:
                 update.result()
 
-    def sync_past_a_dead_engine(self, version: int, engine: EngineProcess) -> Ack:
+    def sync_past_a_dead_engine(self, version: int, engine: _Engine) -> Ack:
         """As `sync`; what vLLM makes of its own death is not waited for."""
         train_step(self._model, 1)
         Update(engine, MODEL, version)
@@ -103,11 +105,11 @@ def _when(point: Failpoints, name: str, action: Callable[[int], None]) -> thread
     return thread
 
 
-def _states(engine: EngineProcess) -> list[dict[str, Any]]:
+def _states(engine: _Engine) -> list[dict[str, Any]]:
     return [worker["state"] for worker in engine.call("call", method="weightd_state")]
 
 
-def _await_states(engine: EngineProcess, wanted: Callable[[dict[str, Any]], bool]) -> None:
+def _await_states(engine: _Engine, wanted: Callable[[dict[str, Any]], bool]) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not all(wanted(state) for state in _states(engine)):
         assert time.monotonic() < deadline, _states(engine)
@@ -122,10 +124,10 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
         yield running
 
 
-def _open(cluster: Cluster, name: str = "vllm") -> EngineProcess:
+def _open(cluster: Cluster, name: str = "vllm", forked: bool = False) -> _Engine:
     path = cluster.folder / "checkpoint"
     make_model(torch.float32).save_pretrained(path)
-    engine = start_vllm(cluster, name, TP_SIZE)
+    engine = (ForkedEngine if forked else start_vllm)(cluster, name, TP_SIZE)
     try:
         engine.call(
             "open",
@@ -147,7 +149,7 @@ def _train_once(address: str, version: int) -> None:
 
 
 def _seconds_after_trainers_death(
-    cluster: Cluster, engine: EngineProcess, point: Failpoints, version: int
+    cluster: Cluster, engine: _Engine, point: Failpoints, version: int
 ) -> float:
     """Kills a trainer whose first window has been written; returns how long vLLM's calls went on."""
     context = multiprocessing.get_context("spawn")
@@ -171,7 +173,7 @@ def _seconds_after_trainers_death(
 def test_failed_syncs_then_ten_good_ones(cluster: Cluster, tmp_path: Path) -> None:
     point = Failpoints(tmp_path)
     cluster.stop_daemon()
-    engine = _open(cluster)
+    engine = _open(cluster, forked=True)
     assert not any(state["connected"] for state in _states(engine))  # vLLM starts all the same
     cluster.start_daemon()
     trainer = Trainer(cluster)
@@ -270,7 +272,7 @@ def test_killed_vllm_worker_is_named_and_a_restarted_vllm_catches_up(
     point = Failpoints(tmp_path)
     engine = _open(cluster)
     trainer = Trainer(cluster)
-    again: Optional[EngineProcess] = None
+    again: Optional[_Engine] = None
     try:
         trainer.sync(1, engine)
         source = trainer.save(cluster.folder)
@@ -282,7 +284,7 @@ def test_killed_vllm_worker_is_named_and_a_restarted_vllm_catches_up(
         assert caught.value.reason == "PEER_LOST" and "engine e0" in str(caught.value)
         engine.close()
 
-        again = _open(cluster, "again")
+        again = _open(cluster, "again", forked=True)
         states = _states(again)
         assert [(state["state"], state["version"]) for state in states] == [("SERVING", 1)] * 2
         (answer,) = again.call("generate", prompts=PROMPTS, count=2)

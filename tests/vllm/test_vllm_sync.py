@@ -2,21 +2,24 @@
 loader makes of the same tensors, and the engine answers as one freshly started from them.
 
 One engine at a time: TP 1 and 2, in bfloat16 (all raw on a CPU without bfloat16 instructions) and
-float32 (linear layers are packed away after loading: derived). Norms are raw everywhere.
+float32 (linear layers are packed away after loading: derived). Norms are raw everywhere. Two of the
+engines start as a user starts them; the others, and fresh ones, are forked, which takes seconds.
 """
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import pytest
 import torch
 
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, EngineProcess
 from tests.support.gloo import run_ranks
 from tests.support.llama_trainer import MESHES, STEPS, make_model, train_and_sync
 from tests.support.vllm_engine import missing_parts, start_vllm
+from tests.support.vllm_fork import ForkedEngine
 
 pytestmark = pytest.mark.skipif(bool(missing_parts()), reason=missing_parts() or "-")
 
@@ -43,13 +46,21 @@ def _save(folder: Path, name: str, steps: int) -> str:
     return str(path)
 
 
-def _fresh_answers(cluster: Cluster, path: str, tp_size: int, **options: Any) -> list[Any]:
-    fresh = start_vllm(cluster, "fresh", tp_size)
-    try:
-        fresh.call("open", path=path, weightd=None, **options)
+def _start(
+    cluster: Cluster, name: str, tp_size: int, eager: bool, settings: dict[str, Any]
+) -> Union[EngineProcess, ForkedEngine]:
+    """A process for one engine; forked ones do not compile."""
+    if eager and "worker" not in settings:
+        return ForkedEngine(cluster, name, tp_size)
+    return start_vllm(cluster, name, tp_size)
+
+
+def _fresh_answers(
+    cluster: Cluster, path: str, tp_size: int, eager: bool, **options: Any
+) -> list[Any]:
+    with closing(_start(cluster, "fresh", tp_size, eager, {})) as fresh:
+        fresh.call("open", path=path, weightd=None, enforce_eager=eager, **options)
         return fresh.call("generate", prompts=PROMPTS, count=TOKENS)
-    finally:
-        fresh.close()
 
 
 def _bits(answers: list[Any]) -> list[Any]:
@@ -60,14 +71,15 @@ def _bits(answers: list[Any]) -> list[Any]:
 def test_engine_equals_a_fresh_one(
     tp_size: int, dtype: str, eager: bool, settings: dict[str, Any], capsys: Any
 ) -> None:
-    options = {"dtype": dtype, "tensor_parallel_size": tp_size, "enforce_eager": eager}
+    options = {"dtype": dtype, "tensor_parallel_size": tp_size}
     with Cluster("[worker]\ndevices = []\n" if "worker" in settings else "") as cluster:
-        engine = start_vllm(cluster, "engine", tp_size)
+        engine = _start(cluster, "engine", tp_size, eager, settings)
         try:
             start = engine.call(
                 "open",
                 path=_save(cluster.folder, "other", 0),
                 weightd={"model": MODEL, **settings},
+                enforce_eager=eager,
                 **options,
             )
             workers = engine.call("call", method="weightd_state")
@@ -96,6 +108,7 @@ def test_engine_equals_a_fresh_one(
             raise
         finally:
             engine.close()
-        fresh = _fresh_answers(cluster, _save(cluster.folder, "last", STEPS), tp_size, **options)
+        last = _save(cluster.folder, "last", STEPS)
+        fresh = _fresh_answers(cluster, last, tp_size, eager, **options)
     assert _bits(before) != _bits(after)
     assert _bits(after) == _bits(fresh)

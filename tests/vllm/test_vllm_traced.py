@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tests.support.cluster import Cluster, EngineCaller, EngineProcess
+from tests.support.cluster import Cluster, EngineCaller
 from tests.support.gloo import run_ranks
 from tests.support.llama_trainer import Update, train_step
-from tests.support.vllm_engine import llama_config, missing_parts, start_vllm
+from tests.support.vllm_engine import llama_config, missing_parts
+from tests.support.vllm_fork import ForkedEngine
 from weightd import Actor
 from weightd.trace_hf import tied_names
 
@@ -78,7 +79,7 @@ def test_a_traced_engine_holds_what_its_own_loader_produces(case: str) -> None:
     with Cluster() as cluster:
         path = str(cluster.folder / "checkpoint")
         _model(case).save_pretrained(path)
-        engine = start_vllm(cluster, "engine", 2)
+        engine = ForkedEngine(cluster, "engine", 2)
         try:
             engine.call(
                 "open",
