@@ -109,9 +109,11 @@ def _reload(llm: Any, path: Path) -> float:
     return time.perf_counter() - begin
 
 
-def _sync(actor: Actor, llm: Any, version: int) -> dict[str, Any]:
+def _sync(actor: Actor, llm: Any, version: int, barrier: Any) -> dict[str, Any]:
     """One sync of all ranks; what was measured."""
-    cpu, begin = cpu_seconds(), time.perf_counter()
+    cpu = cpu_seconds()
+    barrier.wait()
+    begin = time.perf_counter()
     ack = actor.sync(version, check_replicas=False)
     seconds = time.perf_counter() - begin
     cpu = cpu_seconds() - cpu  # kinds that used none are not in it
@@ -135,8 +137,7 @@ def _rounds(address: str, llm: Any, paths: dict[str, Path], dtype: str, first: i
     with Actor(address, model=MODEL, engines=[llm], **options) as actor:
         actor.register(_shard(0, dtype))
         for version in range(first, first + WARM_UP + ROUNDS):
-            barrier.wait()
-            syncs.append(_sync(actor, llm, version))
+            syncs.append(_sync(actor, llm, version, barrier))
             for name, path in paths.items():
                 reloads[name].append(_reload(llm, path))
     for process in others:
