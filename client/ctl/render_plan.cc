@@ -87,6 +87,10 @@ std::string RenderPlan(const v1::GetPlanResponse& plan, bool with_boxes, const T
     text += fmt::format("\nstaging of what is sent: at most {} of each device, beside NCCL's own",
                         HumanBytes(plan.staging_bytes()));
   }
+  if (plan.stage_bytes() > 0) {
+    text += fmt::format("\nstages of an engine rank: at most {} of its device",
+                        HumanBytes(plan.stage_bytes()));
+  }
   text += "\n" + RenderPairs(plan, style);
   text += with_boxes || style.wide ? RenderBoxes(plan, style) : RenderTensors(plan, style);
   const auto listed = static_cast<uint32_t>(plan.tensors_size());

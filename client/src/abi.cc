@@ -10,6 +10,7 @@
 #include "client/src/actor_client.h"
 #include "client/src/engine_client.h"
 #include "client/src/fork_guard.h"
+#include "client/src/gpu_memory.h"
 #include "client/src/worker_binary.h"
 #include "daemon/base/version.h"
 
@@ -174,6 +175,20 @@ using weightd::ToError;
 
 const char* weightd_version(void) { return weightd::kVersion; }
 int weightd_abi_version(void) { return WEIGHTD_ABI_VERSION; }
+
+weightd_error* weightd_gpu_check(const void* address, uint64_t size_bytes) {
+  return weightd::ToError(weightd::CheckLendable(address, size_bytes));
+}
+
+weightd_error* weightd_gpu_allocate(const void* like, uint64_t size_bytes, void** address) {
+  const auto allocated = weightd::AllocateLendable(like, size_bytes);
+  if (allocated.ok()) *address = *allocated;
+  return weightd::ToError(allocated.status());
+}
+
+void weightd_gpu_free(void* address) {
+  if (address != nullptr) weightd::FreeLendable(address);
+}
 
 int weightd_error_code(const weightd_error* error) { return error == nullptr ? 0 : error->code; }
 

@@ -1,5 +1,6 @@
 #include "client/src/engine_client.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "client/src/pages.h"
@@ -21,7 +22,9 @@ std::string EngineClient::label() const {
 Status EngineClient::Register(std::span<const weightd_param> params, const weightd_trace* trace) {
   auto read = ReadParams(params);
   if (!read.ok()) return WithRank(read.status(), label());
-  if (identity_.auto_quiesce && NumStages(read->params) > 1) {
+  const bool pulls = std::any_of(read->params.begin(), read->params.end(),
+                                 [](const ParamInfo& param) { return param.pulled; });
+  if (identity_.auto_quiesce && (pulls || NumStages(read->params) > 1)) {
     return WithRank(Error(StatusCode::kInvalidArgument, reason::kConfig,
                           "open the engine without auto_quiesce and convert every stage",
                           "an engine that answers by itself cannot have {} stages to convert",

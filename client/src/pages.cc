@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "daemon/base/version.h"
+#include "daemon/layout/stages.h"
 #include "daemon/wire/convert.h"
 
 namespace weightd {
@@ -125,12 +126,15 @@ std::vector<v1::BindMemory> ActorBindings(const ActorRegistration& registration)
 
 std::vector<v1::BindMemory> EngineBindings(const EngineRegistration& registration) {
   Pager<v1::BindMemory> pager;
-  for (uint32_t p = 0; p < registration.params.size(); ++p) {
-    if (!registration.memory[p].segment.has_value()) continue;
-    const ParamInfo& param = registration.params[p];
-    v1::MemoryBinding binding = Binding(registration.memory[p], param.shape, param.dtype);
-    binding.set_index(p);
-    *pager.For(binding.ByteSizeLong() + kIndexBytes).add_bindings() = std::move(binding);
+  uint32_t index = 0;
+  for (size_t p = 0; p < registration.params.size(); ++p) {
+    for (const ParamInfo& part : PartsOf(registration.params[p])) {
+      const uint32_t own = index++;
+      if (!registration.memory[p].segment.has_value()) continue;
+      v1::MemoryBinding binding = Binding(registration.memory[p], part.shape, part.dtype);
+      binding.set_index(own);
+      *pager.For(binding.ByteSizeLong() + kIndexBytes).add_bindings() = std::move(binding);
+    }
   }
   return pager.TakeLast();
 }

@@ -27,7 +27,8 @@ std::vector<v1::TracePage> TracePages(const TracedLayout& trace);
 /// Where the shards of an actor lie: one binding per non-empty box.
 std::vector<v1::BindMemory> ActorBindings(const ActorRegistration& registration);
 
-/// Where the parameters of an engine lie: one binding per parameter that is lent.
+/// Where the parameters of an engine lie: one binding per parameter that is lent, or per part of
+/// it.
 std::vector<v1::BindMemory> EngineBindings(const EngineRegistration& registration);
 
 /// The lent memory, in frames of at most kMaxFrameFds descriptors, each with its own. `event` goes

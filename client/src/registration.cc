@@ -130,7 +130,7 @@ Status CheckStagedMemory(const EngineRegistration& registration) {
   struct Range {
     uint32_t segment;
     uint64_t begin, end;
-    uint32_t param;
+    uint32_t param, stage;
   };
   const std::vector<ParamInfo>& params = registration.params;
   if (NumStages(params) == 0) return absl::OkStatus();
@@ -138,11 +138,15 @@ Status CheckStagedMemory(const EngineRegistration& registration) {
   for (uint32_t i = 0; i < params.size(); ++i) {
     const Placement& at = registration.memory[i];
     if (!at.segment.has_value() || !params[i].alias_of.empty()) continue;
-    const auto bytes = SpanBytes(params[i].shape, at.strides, SizeBytes(params[i].dtype));
-    ranges.push_back({*at.segment, at.offset_bytes, at.offset_bytes + bytes.value_or(0), i});
+    for (const ParamInfo& part : PartsOf(params[i])) {
+      const auto bytes = SpanBytes(part.shape, at.strides, SizeBytes(part.dtype));
+      const uint64_t end = at.offset_bytes + bytes.value_or(0);
+      ranges.push_back({*at.segment, at.offset_bytes, end, i, part.stage});
+    }
   }
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
-    return std::tie(a.segment, a.begin, a.param) < std::tie(b.segment, b.begin, b.param);
+    return std::tie(a.segment, a.begin, a.param, a.stage) <
+           std::tie(b.segment, b.begin, b.param, b.stage);
   });
   std::unordered_map<uint32_t, Range> last;  // by stage: of those so far the one that ends last
   std::optional<Range> last_staged;          // of all stages
@@ -150,7 +154,7 @@ Status CheckStagedMemory(const EngineRegistration& registration) {
     return before.segment == range.segment && before.end > range.begin;
   };
   for (const Range& range : ranges) {
-    const uint32_t stage = params[range.param].stage;
+    const uint32_t stage = range.stage;
     std::optional<Range> other;
     if (stage == 0 && last_staged.has_value() && meets(range, *last_staged)) other = last_staged;
     for (const uint32_t of : {stage, 0u}) {
@@ -161,7 +165,7 @@ Status CheckStagedMemory(const EngineRegistration& registration) {
       return Refuse(reason::kOverlap, "let only parameters of different stages share memory",
                     params[range.param].name,
                     fmt::format("memory of stage {} overlaps that of {} (stage {})", stage,
-                                params[other->param].name, params[other->param].stage));
+                                params[other->param].name, other->stage));
     }
     const auto extend = [&](Range& latest) {
       if (latest.segment != range.segment || latest.end < range.end) latest = range;
@@ -265,7 +269,9 @@ StatusOr<EngineRegistration> ReadParams(std::span<const weightd_param> params) {
                    static_cast<DType>(param.dtype),
                    static_cast<ParamKind>(param.kind),
                    param.alias_of == nullptr ? "" : param.alias_of,
-                   param.stage};
+                   param.stage,
+                   param.pulled != 0,
+                   param.stage_rows};
     if (param.kind < 1 || param.kind > 3) {
       return Refuse(reason::kProtocol, "pass kind 1 (raw), 2 (derived) or 3 (opaque)", info.name,
                     fmt::format("unknown parameter kind {}", param.kind));
@@ -282,8 +288,8 @@ StatusOr<EngineRegistration> ReadParams(std::span<const weightd_param> params) {
                       "move the parameter into shared memory before it is registered", info.name,
                       "parameter is not in shared memory");
       }
-      WEIGHTD_ASSIGN_OR_RETURN(
-          placement, Place(param.memory, info.shape, info.dtype, info.name, &out.segments));
+      WEIGHTD_ASSIGN_OR_RETURN(placement, Place(param.memory, PartsOf(info).front().shape,
+                                                info.dtype, info.name, &out.segments));
       for (int d = 0; d < info.shape.size(); ++d) {
         if (info.shape[d] > 1 && placement.strides[d] == 0) {
           return Refuse(reason::kShape, "register a parameter that is not expanded", info.name,

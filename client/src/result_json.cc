@@ -42,9 +42,12 @@ json ResultJson(const v1::SyncResult& result) {
                         {"caches_reset", std::move(caches)},
                         {"error", ErrorJson(FromProto(replica.error()))}});
   }
-  return {{"version", result.version()}, {"attempt", AttemptText(result.attempt())},
-          {"bytes", result.bytes()},     {"pause_us", result.pause_us()},
-          {"phases", std::move(phases)}, {"replicas", std::move(replicas)}};
+  const std::map<std::string, uint64_t> paths(result.path_bytes().begin(),
+                                              result.path_bytes().end());
+  return {{"version", result.version()},    {"attempt", AttemptText(result.attempt())},
+          {"bytes", result.bytes()},        {"path_bytes", paths},
+          {"pause_us", result.pause_us()},  {"phases", std::move(phases)},
+          {"replicas", std::move(replicas)}};
 }
 
 std::string Dump(const json& value) {

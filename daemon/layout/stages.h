@@ -1,9 +1,11 @@
-// Stages of a rank's derived parameters. A stage is received, verified and converted before the
-// next one is received, so that the stages may share memory.
+// Stages of a rank's parameters: derived ones, which the engine converts, and pulled ones, which
+// its client copies to where no worker can write. A stage is received, verified and converted
+// before the next one is received, so that the stages may share memory.
 #pragma once
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "daemon/base/status.h"
 #include "daemon/layout/tensor_layout.h"
@@ -21,8 +23,17 @@ inline uint32_t RoundOf(const ParamInfo& param) { return param.stage > 1 ? param
 /// Bytes of the largest stage: what a rank needs beside its parameters if its stages share memory.
 uint64_t StagedBytes(std::span<const ParamInfo> params);
 
-/// Stages are numbered from 1 without gaps, only derived parameters have one, and an alias has that
-/// of the parameter whose storage it shares. \error INVALID_ARGUMENT CONFIG naming the parameter
+/// The parts of a parameter that comes in several stages, each with its stage and its rows (of the
+/// outermost dimension); of any other parameter itself.
+std::vector<ParamInfo> PartsOf(const ParamInfo& param);
+
+/// The layout with every parameter replaced by its parts, in order, and the writes cut where parts
+/// meet. Memory is bound by position in this list. \pre CheckStages(layout.params).ok()
+RankLayout SplitStages(RankLayout layout);
+
+/// Stages are numbered from 1 without gaps, only derived and pulled parameters have one, only
+/// pulled ones come in parts, and an alias has the stage of the parameter whose storage it shares.
+/// \error INVALID_ARGUMENT CONFIG naming the parameter
 Status CheckStages(std::span<const ParamInfo> params);
 
 }  // namespace weightd

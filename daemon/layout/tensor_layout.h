@@ -44,6 +44,10 @@ struct ParamInfo {
   std::string
       alias_of;  ///< not empty: shares the storage of that parameter and is not written by itself
   uint32_t stage = 0;  ///< 0: written in place; see daemon/layout/stages.h
+  /// No worker can map the parameter itself: what is lent is memory of its client, which copies
+  /// every stage into the parameter.
+  bool pulled = false;
+  uint64_t stage_rows = 0;  ///< not 0: that many rows come with `stage`, as many with the next ...
   bool operator==(const ParamInfo&) const = default;
 };
 

@@ -70,6 +70,7 @@ namespace {
 
 constexpr char kAlwaysWire[] = "worker.path is \"wire\"";
 constexpr char kBuildRemedy[] = "use a build of weightd that has the path";
+constexpr char kLendableRemedy[] = "keep the trainer's tensors in memory that can be lent";
 
 bool CanAccess(const PathPolicy& policy, const Place& source, const Place& target) {
   const auto peers = policy.peers.find(std::string(GpuOf(source.device)));
@@ -96,10 +97,14 @@ StatusOr<PathChoice> ChooseForGpus(const Place& source, const Place& target,
 
 StatusOr<PathChoice> ChoosePath(const Place& source, const Place& target, const BuiltPaths& built,
                                 const PathPolicy& policy) {
-  if (!target.mappable || !source.mappable) {
-    const std::string& device = target.mappable ? source.device : target.device;
-    if (built.pull) return PathChoice{Path::kPull, "memory of " + device + " cannot be mapped"};
-    return NoPath(source, target, "memory of " + device + " cannot be mapped", kBuildRemedy);
+  if (!source.mappable) {
+    return NoPath(source, target, "memory of the source cannot be mapped", kLendableRemedy);
+  }
+  if (!target.mappable) {
+    WEIGHTD_ASSIGN_OR_RETURN(const PathChoice staged,
+                             ChoosePath(source, Place{target.device}, built, policy));
+    return PathChoice{Path::kPull, fmt::format("memory cannot be mapped: staged by {}, {}",
+                                               Name(staged.path), staged.reason)};
   }
   if (IsHostDevice(source.device) && IsHostDevice(target.device)) {
     if (policy.always_wire && source.device != target.device) {

@@ -36,7 +36,7 @@ enum class Path {
   kIpc,     ///< the source's worker stores into mapped memory of its own or a peer GPU
   kNccl,    ///< the source's worker packs and sends, the destination's receives and scatters
   kSocket,  ///< the same between workers of host memory, over unix sockets
-  kPull,    ///< the destination's client copies out of its worker's ring
+  kPull,    ///< one of the others into a stage, out of which the destination's client copies
 };
 std::string_view Name(Path path);
 /// True if both devices' workers take part: packed, sent and scattered.
@@ -48,11 +48,10 @@ struct Place {
   bool mappable = true;  ///< false: a worker cannot map this memory (sleep-mode allocators)
 };
 
-/// The paths beside shm that this build has.
+/// The paths beside shm and pull that this build has.
 struct BuiltPaths {
   bool ipc = false;
   bool nccl = false;
-  bool pull = false;
 };
 BuiltPaths ThisBuild();
 
@@ -71,7 +70,9 @@ struct PathPolicy {
   bool operator==(const PathPolicy&) const = default;
 };
 
-/// \error FAILED_PRECONDITION NO_PATH naming both devices if this build cannot serve the pair
+/// The path of a target that cannot be mapped is kPull; its reason names the one into the stage,
+/// which is what ChoosePath says for a target that can. \error FAILED_PRECONDITION NO_PATH naming
+/// both devices if this build cannot serve the pair, or if the source cannot be mapped
 StatusOr<PathChoice> ChoosePath(const Place& source, const Place& target,
                                 const BuiltPaths& built = ThisBuild(),
                                 const PathPolicy& policy = {});

@@ -50,6 +50,9 @@ class Compiler {
       PairTraffic& pair = plan_.pairs[first_pair + copy.source_rank];
       ++pair.boxes;
       pair.bytes += bytes;
+      if (!layout.params[write.param].pulled) continue;
+      ++pair.pulled_boxes;
+      pair.pulled_bytes += bytes;
     }
     traffic.bytes = rank_plan.bytes;
     traffic.boxes = rank_plan.copies.size();

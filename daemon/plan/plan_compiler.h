@@ -21,7 +21,9 @@ struct RankTraffic {
 /// What one actor rank sends to one engine rank.
 struct PairTraffic {
   uint64_t boxes = 0;
-  uint64_t bytes = 0;  ///< landed
+  uint64_t bytes = 0;         ///< landed
+  uint64_t pulled_boxes = 0;  ///< of these, to parameters that are pulled
+  uint64_t pulled_bytes = 0;
 };
 
 /// A proven plan of one replica, without its copies: EnumerateRank gives them rank by rank.

@@ -101,8 +101,10 @@ void PlanHasher::Add(const RankLayout& layout) {
     state_->Sizes(param.shape);
     state_->Word(static_cast<uint8_t>(param.dtype));
     constexpr uint8_t kStaged = 0x80;
+    constexpr uint8_t kPulled = 0x40;
     const auto kind = static_cast<uint8_t>(param.kind);
-    state_->Word(static_cast<uint8_t>(param.stage == 0 ? kind : kind | kStaged));
+    const uint8_t flags = (param.stage == 0 ? 0 : kStaged) | (param.pulled ? kPulled : 0);
+    state_->Word(static_cast<uint8_t>(kind | flags));
     if (param.stage != 0) state_->Word(param.stage);
   }
   state_->Word<uint64_t>(layout.writes.size());

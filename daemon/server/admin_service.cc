@@ -71,6 +71,15 @@ v1::ModelStatus Describe(const ModelView& view) {
   return status;
 }
 
+v1::PlannedPair Pair(const PathChoice& choice, uint64_t boxes, uint64_t bytes) {
+  v1::PlannedPair pair;
+  pair.set_path(std::string(Name(choice.path)));
+  pair.set_reason(choice.reason);
+  pair.set_boxes(boxes);
+  pair.set_bytes(bytes);
+  return pair;
+}
+
 void DescribePairs(const PlanView& view, v1::GetPlanResponse& response) {
   for (size_t i = 0; i < view.plans.size(); ++i) {
     const ReplicaPlan& plan = *view.plans[i];
@@ -79,18 +88,28 @@ void DescribePairs(const PlanView& view, v1::GetPlanResponse& response) {
       for (size_t actor = 0; actor < compiled.num_actors; ++actor) {
         const PairTraffic& traffic = compiled.pair(actor, target);
         if (traffic.boxes == 0) continue;
-        v1::PlannedPair* pair = response.add_pairs();
-        pair->set_source(view.group.ranks[actor]->label);
-        pair->set_target(view.replicas[i].targets[target].rank->label);
-        const PathChoice& choice = plan.paths.at(
-            {plan.worker->source_devices[actor], plan.worker->target_devices[target]});
-        pair->set_path(std::string(Name(choice.path)));
-        pair->set_reason(choice.reason);
-        pair->set_source_device(plan.worker->source_devices[actor]);
-        pair->set_target_device(plan.worker->target_devices[target]);
-        pair->set_boxes(traffic.boxes);
-        pair->set_bytes(traffic.bytes);
+        const std::pair devices(plan.worker->source_devices[actor],
+                                plan.worker->target_devices[target]);
+        const int first = response.pairs_size();
+        if (traffic.pulled_boxes < traffic.boxes) {
+          *response.add_pairs() = Pair(plan.paths.at(devices), traffic.boxes - traffic.pulled_boxes,
+                                       traffic.bytes - traffic.pulled_bytes);
+        }
+        if (traffic.pulled_boxes > 0) {
+          *response.add_pairs() =
+              Pair(plan.pulls.at(devices), traffic.pulled_boxes, traffic.pulled_bytes);
+        }
+        for (int p = first; p < response.pairs_size(); ++p) {
+          v1::PlannedPair& pair = *response.mutable_pairs(p);
+          pair.set_source(view.group.ranks[actor]->label);
+          pair.set_target(view.replicas[i].targets[target].rank->label);
+          pair.set_source_device(devices.first);
+          pair.set_target_device(devices.second);
+        }
       }
+    }
+    for (const TargetView& target : view.replicas[i].targets) {
+      response.set_stage_bytes(std::max(response.stage_bytes(), target.rank->staged_bytes));
     }
     response.set_total_boxes(response.total_boxes() + compiled.boxes);
     response.set_total_bytes(response.total_bytes() + compiled.bytes);

@@ -72,6 +72,7 @@ v1::SyncResult ToProto(const SyncReport& report) {
   }
   proto.set_bytes(report.bytes);
   proto.set_pause_us(report.pause_us);
+  proto.mutable_path_bytes()->insert(report.path_bytes.begin(), report.path_bytes.end());
   if (!report.error.ok()) *proto.mutable_error() = ToProto(report.error);
   return proto;
 }

@@ -86,6 +86,7 @@ struct ReplicaPlan {
   std::shared_ptr<const WorkerPlan> worker;
   std::vector<WorkerShare> shares;  ///< of all devices that the plan touches
   std::map<std::pair<std::string, std::string>, PathChoice> paths;  ///< (source, target device)
+  std::map<std::pair<std::string, std::string>, PathChoice> pulls;  ///< likewise, if any is pulled
   std::map<std::string, uint64_t> path_bytes;                       ///< landed, by name of the path
 
   /// Does the worker of this device take part?

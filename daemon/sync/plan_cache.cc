@@ -30,8 +30,15 @@ Status ChoosePaths(const CompiledPlan& compiled, const PathPolicy& policy, Worke
       StatusOr<PathChoice> choice = ChoosePath(from, to, ThisBuild(), policy);
       if (!choice.ok()) return WithRank(choice.status(), worker.labels[target]);
       if (IsWire(choice->path)) worker.wire_pairs.emplace(from.device, to.device);
-      plan.path_bytes[std::string(Name(choice->path))] += traffic.bytes;
+      if (traffic.pulled_boxes < traffic.boxes) {
+        plan.path_bytes[std::string(Name(choice->path))] += traffic.bytes - traffic.pulled_bytes;
+      }
       plan.paths.emplace(std::pair(from.device, to.device), *std::move(choice));
+      if (traffic.pulled_boxes == 0) continue;
+      WEIGHTD_ASSIGN_OR_RETURN(PathChoice pull,
+                               ChoosePath(from, {to.device, false}, ThisBuild(), policy));
+      plan.path_bytes[std::string(Name(pull.path))] += traffic.pulled_bytes;
+      plan.pulls.emplace(std::pair(from.device, to.device), std::move(pull));
     }
   }
   return absl::OkStatus();
@@ -39,7 +46,7 @@ Status ChoosePaths(const CompiledPlan& compiled, const PathPolicy& policy, Worke
 
 void AddLayout(RankLayout layout, const GroupView& group, ResolvedReplica* resolved) {
   resolved->num_tensors.push_back(NumTensors(layout, group.table->size()));
-  resolved->layouts.push_back(std::make_shared<const RankLayout>(std::move(layout)));
+  resolved->layouts.push_back(std::make_shared<const RankLayout>(SplitStages(std::move(layout))));
 }
 
 /// The layouts that a replica's ranks saw their engine's loader produce.

@@ -31,10 +31,10 @@ Status ReplicaView::CheckCopyable() const {
   if (num_rounds() == 1) return absl::OkStatus();
   return WithRank(
       Error(StatusCode::kFailedPrecondition, reason::kStaged,
-            "sync: the engine takes part in the next one; or let it receive all derived "
-            "parameters in one stage (vLLM: a larger stage_bytes)",
+            "sync: the engine takes part in the next one; or let it receive all of them in one "
+            "stage (a larger stage_bytes)",
             "cannot catch up from another engine or a retained copy, since {} stages of "
-            "derived parameters share their memory: {}",
+            "derived or pulled parameters share their memory: {}",
             num_rounds(), label()),
       label());
 }

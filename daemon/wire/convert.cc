@@ -116,6 +116,8 @@ v1::ParamSpec ToProto(const ParamInfo& param) {
   spec.set_kind(static_cast<v1::ParamKind>(param.kind));
   spec.set_alias_of(param.alias_of);
   spec.set_stage(param.stage);
+  spec.set_pulled(param.pulled);
+  spec.set_stage_rows(param.stage_rows);
   return spec;
 }
 
@@ -133,6 +135,8 @@ StatusOr<ParamInfo> FromProto(const v1::ParamSpec& spec) {
   param.kind = static_cast<ParamKind>(spec.kind());
   param.alias_of = spec.alias_of();
   param.stage = spec.stage();
+  param.pulled = spec.pulled();
+  param.stage_rows = spec.stage_rows();
   return param;
 }
 

@@ -23,6 +23,8 @@ class FakeLibrary:
         outcome: fields of the error with which syncs end, or None for success.
         slices_before_end: how often a wait times out before the sync ends.
         engine_state: answer of ``weightd_engine_state``.
+        asleep: addresses of GPU memory without pages; what lies elsewhere cannot be mapped.
+        gpu_bytes: allocated and not freed.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,8 @@ class FakeLibrary:
         self.interrupt_at: Optional[int] = None
         self.cancelled = False
         self.engine_state: dict[str, Any] = {"state": "REGISTERED", "version": 0, "pending": ""}
+        self.asleep: set[int] = set()
+        self.gpu_bytes = 0
         self.answers: list[tuple[str, Optional[str], Optional[str]]] = []
         self._changed = threading.Condition()
         self._counter = 1
@@ -85,6 +89,22 @@ class FakeLibrary:
         self.params = [_param(params[i]) for i in range(count)]
         self.trace = _trace(trace._obj)
         return self._answer("register_traced")
+
+    def weightd_gpu_check(self, address: int, size_bytes: int) -> Optional[int]:
+        lies = address not in self.asleep
+        refusal = {"code": 12, "reason": "MEMORY"} if lies else {"code": 3, "reason": "MEMORY_MOVED"}
+        if lies and size_bytes == 0:
+            return None
+        return self._error(refusal)
+
+    def weightd_gpu_allocate(self, like: int, size_bytes: int, address: Any) -> Optional[int]:
+        address._obj.value = 0x7000
+        self.gpu_bytes += size_bytes
+        return None
+
+    def weightd_gpu_free(self, address: int) -> None:
+        assert address == 0x7000
+        self.gpu_bytes = 0
 
     def weightd_actor_sync_begin(self, handle: int, options: Any) -> Optional[int]:
         value = options._obj
@@ -220,6 +240,8 @@ def _param(param: _native.Param) -> dict[str, Any]:
         "shape": list(param.shape[:dims]),
         "kind": param.kind,
         "stage": param.stage,
+        "pulled": param.pulled,
+        "stage_rows": param.stage_rows,
         "alias_of": param.alias_of and param.alias_of.decode(),
         **_memory(param.memory, dims),
     }

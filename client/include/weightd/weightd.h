@@ -41,7 +41,7 @@ extern "C" {
 #define WEIGHTD_API
 #endif
 
-#define WEIGHTD_ABI_VERSION 2
+#define WEIGHTD_ABI_VERSION 3
 #define WEIGHTD_MAX_DIMS 8
 
 /* Version of the library, e.g. "0.1.0", and of this ABI. Neither blocks nor fails. */
@@ -101,6 +101,18 @@ typedef struct weightd_tensor {
   int32_t num_shards;
   const weightd_shard* shards;
 } weightd_tensor;
+
+/* Whether a worker can map so much GPU memory from `address` on; 0 bytes: whether any lies there.
+ * \error UNIMPLEMENTED MEMORY if not (sleep mode, cudaMallocAsync, managed memory), with the reason
+ * \error INVALID_ARGUMENT MEMORY_MOVED if nothing lies there: it was freed, or sleeps
+ * \error FAILED_PRECONDITION DEVICE if the process has not loaded the CUDA driver */
+WEIGHTD_API weightd_error* weightd_gpu_check(const void* address, uint64_t size_bytes);
+/* Allocates memory that a worker can map, on the GPU of which `like` is memory; weightd_gpu_free
+ * frees it, after the engine was closed. May block for milliseconds.
+ * \error RESOURCE_EXHAUSTED GPU_MEMORY with what is needed and free; else as weightd_gpu_check */
+WEIGHTD_API weightd_error* weightd_gpu_allocate(const void* like, uint64_t size_bytes,
+                                                void** address);
+WEIGHTD_API void weightd_gpu_free(void* address); /* NULL is ignored */
 
 /* ---- workers ---- */
 /* Who starts the worker of this rank's device, the process that maps and copies its memory. */
@@ -204,7 +216,8 @@ WEIGHTD_API weightd_error* weightd_actor_sync_begin(weightd_actor* actor,
 
 /* Waits for the sync. Returns 0 while it runs (timeout), 1 when it ended. Then either *result_json
  * is the result (caller frees) or *error is set. timeout_ms < 0 waits without limit. Result:
- *   {"version", "attempt", "bytes", "pause_us", "phases": {"admit": us, ...}, "replicas": [
+ *   {"version", "attempt", "bytes", "path_bytes": {"shm": bytes, ...}, "pause_us",
+ *    "phases": {"admit": us, ...}, "replicas": [
  *     {"engine", "dp_rank", "committed", "version", "state", "verified", "caches_reset", "error"}]}
  * `attempt` is "EPOCH.COUNTER"; `phases` has microseconds and only the phases that ran;
  * `caches_reset` is a list; a replica's `error` is null or
@@ -243,19 +256,23 @@ typedef struct weightd_engine_options {
   int32_t auto_quiesce; /* nonzero: nobody reads the parameters during a sync, answer Prepare and
                            Commit at once */
   int32_t connect_timeout_ms; /* 0 = 10,000; < 0: do not wait, keep trying in the background */
-  const char* device;         /* that holds the rank's memory, as weightd_actor_options */
-  int32_t worker;             /* WEIGHTD_WORKER_DAEMON or WEIGHTD_WORKER_SPAWN */
-  const char* worker_binary;  /* as weightd_actor_options */
+  const char* device;         /* that holds the rank's memory; these as weightd_actor_options */
+  int32_t worker;
+  const char* worker_binary;
 } weightd_engine_options;
 
 /* One parameter of this rank. kind: 1 raw; 2 derived: lent in its loadable layout, converted before
  * Commit is answered; 3 opaque: listed only. alias_of: NULL, or the parameter whose storage it
  * shares.
  *
- * stage: 0, or for derived parameters the stage of a sync in which it is received. The stages of a
- * rank are numbered from 1 without gaps, in the order in which they are to come; parameters of
- * different stages may share the same memory. With several stages the daemon asks for the
- * conversion of each before the next one is written: see weightd_engine_converted.
+ * stage: 0, or for derived and pulled ones the stage of a sync in which it is received. The stages
+ * of a rank are numbered from 1 without gaps, in order; parameters of different stages may share
+ * the same memory. With several the daemon asks for the conversion of each before the next one is
+ * written: see weightd_engine_converted.
+ *
+ * pulled: nonzero if no worker can map the parameter's own memory. It is received in `memory`, in
+ * `stage` (not 0); to convert that stage the caller copies from there and compares. With stage_rows
+ * so many rows (of the outermost dimension) come in `stage`, the next later, all in `memory`.
  *
  * With at most one stage the memory must stay as it was transferred, since peers catch up from it.
  * A rank with several can neither be a source of a catch-up nor be caught up: it waits for the next
@@ -267,6 +284,8 @@ typedef struct weightd_param {
   int64_t shape[WEIGHTD_MAX_DIMS]; /* local */
   int32_t kind;
   uint32_t stage;
+  int32_t pulled;
+  uint64_t stage_rows;
   const char* alias_of;
   weightd_memory memory; /* fd must be >= 0 or the space CUDA, unless opaque or aliased */
 } weightd_param;
@@ -281,8 +300,8 @@ WEIGHTD_API weightd_error* weightd_engine_open(const weightd_engine_options* opt
  * the background and weightd_engine_state tells.
  * \error NOT_FOUND UNKNOWN_ARCHITECTURE / UNKNOWN_PROFILE if no rule file describes the model;
  *   INVALID_ARGUMENT (and UNKNOWN_DEVICE) and WORKER_START as weightd_actor_register
- * \error INVALID_ARGUMENT CONFIG naming the parameter if stages have a gap, belong to a parameter
- *   that is not derived, or come with auto_quiesce, which converts nothing
+ * \error INVALID_ARGUMENT CONFIG naming the parameter if stages have a gap, belong to one that is
+ *   neither derived nor pulled, lack for one that is, or come with auto_quiesce
  * \error INVALID_ARGUMENT OVERLAP naming the parameter if memory of a stage overlaps that of
  * another parameter which is not of another stage */
 WEIGHTD_API weightd_error* weightd_engine_register(weightd_engine* engine,

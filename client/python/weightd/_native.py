@@ -12,7 +12,7 @@ from typing import Optional
 from weightd import errors
 from weightd.ack import Ack
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_DIMS = 8
 SPACE_CUDA = 1
 WORKERS = ("daemon", "spawn")  # by the number of the C ABI
@@ -134,6 +134,8 @@ class Param(ctypes.Structure):
         ("shape", Dims),
         ("kind", ctypes.c_int32),
         ("stage", ctypes.c_uint32),
+        ("pulled", ctypes.c_int32),
+        ("stage_rows", ctypes.c_uint64),
         ("alias_of", ctypes.c_char_p),
         ("memory", Memory),
     ]
@@ -175,6 +177,14 @@ _HANDLE = ctypes.c_void_p
 _PROTOTYPES: dict[str, tuple] = {
     "weightd_version": (ctypes.c_char_p,),
     "weightd_abi_version": (ctypes.c_int,),
+    "weightd_gpu_check": (_ERROR, ctypes.c_void_p, ctypes.c_uint64),
+    "weightd_gpu_allocate": (
+        _ERROR,
+        ctypes.c_void_p,
+        ctypes.c_uint64,
+        ctypes.POINTER(ctypes.c_void_p),
+    ),
+    "weightd_gpu_free": (None, ctypes.c_void_p),
     "weightd_error_code": (ctypes.c_int, _ERROR),
     "weightd_error_field": (ctypes.c_char_p, _ERROR, ctypes.c_char_p),
     "weightd_error_free": (None, _ERROR),

@@ -93,6 +93,7 @@ class Ack:
         attempt: identity of the attempt, as in the daemon's log.
         bytes: bytes landed in engine memory, all replicas.
         phases: seconds per phase, in order.
+        path_bytes: bytes by the path that they took, as `weightctl plan show` names them.
         replicas: outcome of every replica.
         engines: what the driver did to every engine it drives; on rank 0 only, in the order given.
     """
@@ -103,6 +104,7 @@ class Ack:
     phases: dict[str, float] = field(default_factory=dict)
     replicas: tuple[ReplicaOutcome, ...] = ()
     engines: tuple[EngineDrive, ...] = ()
+    path_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def pause(self) -> float:
@@ -138,6 +140,7 @@ class Ack:
                 for name in sorted(phases, key=lambda name: order.get(name, len(order)))
             },
             replicas=tuple(ReplicaOutcome.from_dict(r) for r in value.get("replicas") or ()),
+            path_bytes={str(path): int(n) for path, n in (value.get("path_bytes") or {}).items()},
         )
 
     def __repr__(self) -> str:
@@ -156,6 +159,9 @@ class Ack:
                 f"  {name:<16}{seconds * 1e3:>10.3f} ms |{bar[:_BAR_WIDTH]:<{_BAR_WIDTH}}|"
             )
             start += seconds
+        if self.path_bytes:
+            paths = ", ".join(f"{path} {count}" for path, count in self.path_bytes.items())
+            lines.append(f"  bytes by path: {paths}")
         for replica in self.replicas:
             state = "committed" if replica.committed else f"NOT committed: {replica.error}"
             lines.append(

@@ -118,6 +118,9 @@ struct Driver {
   Result (*MemUnmap)(DevicePtr pointer, size_t size);
   Result (*MemSetAccess)(DevicePtr pointer, size_t size, const AccessDescription* access,
                          size_t count);
+  Result (*MemAlloc)(DevicePtr* pointer, size_t size);
+  Result (*MemFree)(DevicePtr pointer);
+  Result (*MemGetInfo)(size_t* free, size_t* total);
   Result (*MemcpyDtoH)(void* to, DevicePtr from, size_t size);
   Result (*EventCreate)(CUevent_st** event, unsigned flags);
   Result (*EventDestroy)(CUevent_st* event);

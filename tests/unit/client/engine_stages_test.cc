@@ -1,6 +1,7 @@
 // Derived parameters in several stages, as the client library sees them.
 #include <catch2/catch.hpp>
 
+#include "client/src/pages.h"
 #include "client/src/registration.h"
 #include "tests/unit/client/engine_rig.h"
 
@@ -159,6 +160,82 @@ TEST_CASE("only stages that differ may share memory") {
     params[2].stage = 3;
     CHECK(FieldsOf(ReadParams(params).status()).tensor == "b");
   }
+}
+
+namespace {
+
+/// "weight" in place; "a" pulled in two parts of 5 and 3 rows, "b" after the second of them.
+void PullIn(const SharedFloats& memory, weightd_param (&params)[3]) {
+  params[0] = Staged("weight", memory.Memory(8), 0);
+  params[1] = Staged("a", memory.Memory(0), 1);
+  params[2] = Staged("b", memory.Memory(16), 2);
+  for (weightd_param* param : {&params[1], &params[2]}) {
+    param->kind = 1;
+    param->pulled = 1;
+  }
+  params[1].stage_rows = 5;
+}
+
+}  // namespace
+
+TEST_CASE("parts of a pulled parameter are bound one by one, in the same memory") {
+  const SharedFloats memory(32);
+  weightd_param params[3];
+  PullIn(memory, params);
+  const auto registration = ReadParams(params);
+  REQUIRE(registration.ok());
+  CHECK(registration->params[1].pulled);
+  const std::vector<v1::BindMemory> pages = EngineBindings(*registration);
+  REQUIRE(pages.size() == 1);
+  const auto& bindings = pages[0].bindings();
+  REQUIRE(bindings.size() == 4);
+  for (int i = 0; i < 4; ++i) CHECK(bindings[i].index() == static_cast<uint32_t>(i));
+  CHECK(bindings[1].extent(0) == 5);
+  CHECK(bindings[2].extent(0) == 3);
+  CHECK(bindings[1].offset_bytes() == bindings[2].offset_bytes());
+  CHECK(bindings[3].extent(0) == 8);
+}
+
+TEST_CASE("memory of a part must hold a part, and be nobody else's in that stage") {
+  const SharedFloats memory(21);
+  weightd_param params[3];
+  PullIn(memory, params);
+  SECTION("a part at the end of its object") {
+    params[1].memory = memory.Memory(16);
+    params[2].memory = memory.Memory(0);
+    CHECK(ReadParams(params).ok());
+  }
+  SECTION("no room for the whole of it") {
+    params[1].stage_rows = 0;
+    params[1].memory = memory.Memory(16);
+    CHECK(FieldsOf(ReadParams(params).status()).reason == reason::kSharedMemory);
+  }
+  SECTION("shared in the stage of its second part") {
+    params[2].memory = memory.Memory(2);
+    CHECK(Overlap(params) == "b");
+  }
+}
+
+TEST_CASE("an engine that answers by itself copies nothing") {
+  StagedRig rig;
+  rig.daemon->Start();
+  const EnginePtr engine = rig.Open(true);
+  rig.params[1].pulled = 1;
+  const ErrorPtr error(weightd_engine_register(engine.get(), rig.params, 2));
+  CHECK(Field(error, "reason") == "CONFIG");
+  CHECK_THAT(Field(error, "remedy"), Catch::Contains("auto_quiesce"));
+}
+
+TEST_CASE("memory of a GPU needs a process that has loaded the driver") {
+  void* address = nullptr;
+  int value = 0;
+  for (weightd_error* raw :
+       {weightd_gpu_check(&value, 4), weightd_gpu_allocate(&value, 4, &address)}) {
+    const ErrorPtr error(raw);
+    CHECK(Field(error, "reason") == "DEVICE");
+  }
+  CHECK(address == nullptr);
+  weightd_gpu_free(nullptr);
 }
 
 }  // namespace weightd::testing

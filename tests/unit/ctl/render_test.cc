@@ -309,6 +309,10 @@ tensor model.rotary.inv_freq [64]
   CHECK(RenderPlan(plan, true, {})
             .find("\nstaging of what is sent: at most 192.00 MiB of each device, beside NCCL's "
                   "own\n") != std::string::npos);
+  plan.set_stage_bytes(256u << 20);
+  CHECK(RenderPlan(plan, true, {})
+            .find("\nstages of an engine rank: at most 256.00 MiB of its device\n") !=
+        std::string::npos);
 }
 
 TEST_CASE("the daemon is healthy when it does not drain and its workers are attached") {

@@ -30,7 +30,18 @@ TEST_CASE("the path between GPUs is the fastest that the build has") {
   CHECK(ChoosePath({kGpu0}, {kGpu1}, {.ipc = true, .nccl = true})->path == Path::kIpc);
   CHECK(ChoosePath({kGpu0}, {kGpu0}, {.ipc = true})->reason == "same GPU");
   CHECK(ChoosePath({kGpu0}, {kGpu1}, {.nccl = true})->path == Path::kNccl);
-  CHECK(ChoosePath({kGpu0}, {kGpu1, false}, {.ipc = true, .pull = true})->path == Path::kPull);
+}
+
+TEST_CASE("what cannot be mapped is pulled out of a stage, which is written like any other") {
+  const StatusOr<PathChoice> same = ChoosePath({kGpu0}, {kGpu0, false}, {.ipc = true});
+  CHECK(Name(same->path) == "pull");
+  CHECK(same->reason == "memory cannot be mapped: staged by ipc, same GPU");
+  CHECK(ChoosePath({kGpu0}, {kGpu1, false}, {.nccl = true})->reason ==
+        "memory cannot be mapped: staged by nccl, GPUs without mapped peer memory");
+  CHECK(ChoosePath({"host"}, {"host.1", false})->path == Path::kPull);
+  const Status source = ChoosePath({kGpu0, false}, {kGpu0}, {.ipc = true}).status();
+  CHECK(FieldsOf(source).reason == reason::kNoPath);
+  CHECK_THAT(Message(source), Catch::Contains("source"));
 }
 
 TEST_CASE("what the build does not serve is refused by name") {

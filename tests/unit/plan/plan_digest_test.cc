@@ -62,6 +62,7 @@ TEST_CASE("every part of the input counts") {
   SECTION("parameter dtype") { layout.params[0].dtype = DType::kFloat32; }
   SECTION("parameter kind") { layout.params[0].kind = ParamKind::kDerived; }
   SECTION("stage") { layout.params[0].stage = 1; }
+  SECTION("pulled") { layout.params[0].pulled = true; }
   SECTION("alias") { layout.params[0].alias_of = "v"; }
   SECTION("zero fill") { layout.writes[1].zero_fill = false; }
   SECTION("source") { layout.writes[0].source.origin[0] = 1; }
