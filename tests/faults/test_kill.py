@@ -139,10 +139,13 @@ def test_survivors_of_a_kill_in_a_sync(tmp_path: Path, victim: str, point: str) 
         scene.assert_sockets()
 
 
+@pytest.mark.parametrize("engines", ({"staged_engines": True}, {"pulled_engines": "some"}))
 @pytest.mark.parametrize("victim", ("actor", "engine", "worker", "daemon"))
-def test_survivors_of_a_kill_between_rounds(tmp_path: Path, victim: str) -> None:
-    """The engine has converted its first stage; the memory of that waits for the second."""
-    with Scene(tmp_path, staged_engines=True) as scene:
+def test_survivors_of_a_kill_between_rounds(
+    tmp_path: Path, victim: str, engines: dict[str, Any]
+) -> None:
+    """The engine has taken its first stage; the memory of that waits for the second."""
+    with Scene(tmp_path, **engines) as scene:
         scene.start_actors()
         scene.start_engine()
         scene.sync_ok(1)

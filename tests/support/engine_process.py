@@ -17,6 +17,7 @@ import torch
 
 from tests.support.llama_engine import empty_params, expected_params, first_difference
 from tests.support.staged_rank import StagedParams
+from tests.support.unlendable import sleep_pool, unlendable_params
 from weightd import EngineRank
 
 _WAIT_SECONDS = 60.0
@@ -31,25 +32,36 @@ class Ranks:
         self._address = address
         self._ranks: dict[str, tuple[EngineRank, dict[str, Any], _Held]] = {}
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._hogged: Any = None
 
     def open(
-        self, key: str, memory: str = "cpu", staged: bool = False, **options: Any
+        self,
+        key: str,
+        memory: str = "cpu",
+        staged: bool = False,
+        pulled: str = "",
+        leave_bytes: int = 0,
+        **options: Any,
     ) -> dict[str, Any]:
         """Opens a rank with poisoned parameters.
 
         ``memory`` is the torch device that they are on, ``dtype`` torch's name of their type;
-        ``staged`` receives projections in stages.
+        ``staged`` receives projections in stages; ``pulled``: ``some`` or ``all`` of them lie in
+        memory that no worker can map. ``leave_bytes``: see `hog`, once they are made.
         """
         dtype = getattr(torch, options.pop("dtype"))
         config, tp_rank, tp_size = options["config"], options["tp_rank"], options["tp_size"]
         options_of_rank = {**options, "dtype": dtype}
         if staged:
-            stages = StagedParams(config, tp_rank, tp_size, dtype)
+            stages = StagedParams(config, tp_rank, tp_size, dtype, memory)
             rank = EngineRank(self._address, **stages.options(), **options)
             self._ranks[key] = (rank, options_of_rank, stages.held)
             return rank.state
         params = empty_params(config, tp_rank, tp_size, dtype)
         params = {name: tensor.to(memory) for name, tensor in params.items()}
+        params = unlendable_params(params, pulled)
+        if leave_bytes:
+            self.hog(leave_bytes)
         rank = EngineRank(self._address, params=params, **options)
         self._ranks[key] = (rank, options_of_rank, lambda: params)
         return rank.state
@@ -105,6 +117,23 @@ class Ranks:
         graph, result = self._graphs[key]
         graph.replay()
         return result.tolist()
+
+    def hog(self, leave_bytes: int) -> None:
+        """Takes the GPU's free memory but for so much; 0 gives it back."""
+        self._hogged = None
+        torch.cuda.empty_cache()
+        if leave_bytes:
+            size = torch.cuda.mem_get_info()[0] - leave_bytes
+            self._hogged = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def sleep(self) -> None:
+        """Takes the pages of unlendable GPU memory away."""
+        torch.cuda.synchronize()
+        sleep_pool()[1].pool_sleep()
+
+    def wake(self) -> None:
+        """Brings pages back, under the same addresses and without their content."""
+        sleep_pool()[1].pool_wake()
 
     def state(self, key: str) -> dict[str, Any]:
         """Returns the state of a rank."""

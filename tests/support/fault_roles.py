@@ -25,6 +25,7 @@ from tests.support.llama_engine import (
     source_shapes,
 )
 from tests.support.staged_rank import StagedParams
+from tests.support.unlendable import unlendable_params
 from tests.support.trainer_ranks import row_shard
 from weightd import Actor, EngineRank, Error
 
@@ -169,15 +170,21 @@ class ServingRank:
         worker: str = "daemon",
         environment: Optional[dict[str, str]] = None,
         staged: bool = False,
+        pulled: str = "",
     ) -> None:
-        """Opens the rank with poisoned parameters; ``staged`` receives projections in stages."""
+        """Opens the rank with poisoned parameters.
+
+        ``staged`` receives projections in stages; ``pulled``: ``some`` or ``all`` parameters lie in
+        memory that no worker can map, and come in stages of 4 KiB.
+        """
         os.environ.update(environment or {})  # a worker that is spawned gets it
         self._place = (tp_rank, tp_size)
         like = expected_params(CONFIG, canaries(0), tp_rank, tp_size, torch.float32)
         self._params = {
             name: poisoned(tuple(tensor.shape), torch.float32) for name, tensor in like.items()
         }
-        options: dict[str, Any] = {"params": self._params}
+        self._params = unlendable_params(self._params, pulled)
+        options: dict[str, Any] = {"params": self._params, "stage_bytes": 4096}
         if staged:
             self._stages = StagedParams(CONFIG, tp_rank, tp_size, torch.float32)
             options = self._stages.options()

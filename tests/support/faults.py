@@ -96,6 +96,7 @@ class Scene:
         devices: tuple[str, ...] = ("host",),
         worker: str = "daemon",
         staged_engines: bool = False,
+        pulled_engines: str = "",
     ) -> None:
         """Starts the daemon.
 
@@ -107,6 +108,8 @@ class Scene:
             worker: ``spawn``: the daemon serves none of them, ranks start the workers; their
                 sockets are under ``sockets``.
             staged_engines: engines receive their projections in stages.
+            pulled_engines: ``some`` or ``all`` parameters of engines lie in memory that no worker
+                can map.
         """
         self._spawns: dict[str, Any] = {}
         self.sockets = folder / "run"
@@ -118,7 +121,7 @@ class Scene:
             }
             self._spawns = {"worker": worker, "environment": environment}
         self.devices = devices
-        self._staged_engines = staged_engines
+        self._of_engines = {"staged": staged_engines, "pulled": pulled_engines}
         self.points = Failpoints(folder / "points")
         os.environ["WEIGHTD_FAILPOINT_DIR"] = str(self.points.folder)
         try:
@@ -189,7 +192,7 @@ class Scene:
             tp_size=TP_SIZE,
             device=device or self.devices[(tp_rank - TP_SIZE) % len(self.devices)],
             **self._spawns,
-            staged=self._staged_engines,
+            **self._of_engines,
         )
         return player
 

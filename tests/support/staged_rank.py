@@ -31,25 +31,32 @@ class StagedParams:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], tp_rank: int, tp_size: int, dtype: torch.dtype
+        self,
+        config: Mapping[str, Any],
+        tp_rank: int,
+        tp_size: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
     ) -> None:
-        self.lent = empty_params(config, tp_rank, tp_size, dtype)
+        empty = empty_params(config, tp_rank, tp_size, dtype)
+        self.lent = {name: tensor.to(device) for name, tensor in empty.items()}
         layers = config["num_hidden_layers"]
         numbers = {name: _stage(name, layers) for name in self.lent}
         self.stages = {name: stage for name, stage in numbers.items() if stage > 0}
         self.converted: list[int] = []
         self._computed = {
-            name: poisoned(tuple(reversed(self.lent[name].shape)), dtype) for name in self.stages
+            name: poisoned(tuple(reversed(self.lent[name].shape)), dtype).to(device)
+            for name in self.stages
         }
-        self._place_in_arena(dtype)
+        self._place_in_arena(dtype, device)
 
-    def _place_in_arena(self, dtype: torch.dtype) -> None:
+    def _place_in_arena(self, dtype: torch.dtype, device: str) -> None:
         filled: dict[int, int] = {}
         places = {}
         for name, stage in self.stages.items():
             places[name] = filled.get(stage, 0)
             filled[stage] = places[name] + -(-self.lent[name].numel() // _ALIGNMENT) * _ALIGNMENT
-        arena = poisoned((max(filled.values()),), dtype)
+        arena = poisoned((max(filled.values()),), dtype).to(device)
         for name, begin in places.items():
             shape = self.lent[name].shape
             self.lent[name] = arena[begin : begin + shape.numel()].view(shape)
@@ -70,6 +77,8 @@ class StagedParams:
             if number == stage:
                 self._computed[name].copy_(self.lent[name].t())
                 self.lent[name].copy_(poisoned(self.lent[name].shape, self.lent[name].dtype))
+        if next(iter(self.lent.values())).is_cuda:
+            torch.cuda.current_stream().synchronize()
 
     def held(self) -> dict[str, torch.Tensor]:
         """What the engine computes with, in the layout in which it is received."""

@@ -39,6 +39,26 @@ def is_cuda(tensor: Any) -> bool:
     return tensor.device.type == "cuda"
 
 
+def span_bytes(tensor: Any) -> int:
+    """Bytes from the first to the last element."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size()
+
+
+def is_writable(tensor: Any) -> bool:
+    """True if the host memory of a tensor may be written; a mapped file may be read-only."""
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + span_bytes(tensor)
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+        for line in maps:
+            where, rights = line.split(" ", 2)[:2]
+            low, high = (int(address, 16) for address in where.split("-"))
+            if low < end and begin < high and "w" not in rights:
+                return False
+    return True
+
+
 def check_tensor(name: str, tensor: Any) -> None:
     """Refuses what no data plane can read in place.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import json
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, Optional
 
 from weightd import _memory, _native
 from weightd._layout import LocalTensor, describe
 from weightd._marshal import fill_memory
-from weightd.errors import UNIMPLEMENTED, UnsupportedError, layout_error
+from weightd._pull import Pull
+from weightd.errors import layout_error
 
 _KINDS = {"raw": 1, "derived": 2, "opaque": 3}
 OPAQUE = _KINDS["opaque"]
@@ -33,9 +34,10 @@ def param_array(
     shared: Mapping[int, _memory.SharedStorage],
     kinds: Iterable[int],
     stages: Iterable[int],
+    pull: Optional[Pull] = None,
 ) -> ctypes.Array:
-    """Builds ``weightd_param[]``; names that denote the same memory, and are not received in different
-    stages, become aliases of the first.
+    """Builds ``weightd_param[]``; names that denote the same memory, and are not received in
+    different stages, become aliases of the first.
 
     Args:
         layout: what `describe` says of each tensor.
@@ -43,35 +45,29 @@ def param_array(
         shared: their storages in shared memory.
         kinds: number of each parameter's kind.
         stages: stage of each parameter.
-
-    Raises:
-        errors.UnsupportedError: a parameter's storage cannot be lent.
+        pull: the parameters that cannot be lent, and what is lent instead.
     """
     array = (_native.Param * max(1, len(pairs)))()
     seen: dict[tuple, str] = {}
-    for target, local, (name, tensor), kind, stage in zip(array, layout, pairs, kinds, stages):
+    rows = zip(array, layout, pairs, kinds, stages)
+    for position, (target, local, (name, tensor), kind, stage) in enumerate(rows):
         target.name = name.encode("utf-8")
         target.dtype = local.dtype
         target.num_dims = len(local.shape)
         target.shape[: len(local.shape)] = local.shape
         target.kind = kind
         target.stage = stage
+        if pull is not None and position in pull.places:
+            tensor, place = pull.lent[position], pull.places[position]
+            target.stage, target.pulled, target.stage_rows = place.stage, 1, place.rows
         if kind == OPAQUE:
             target.memory.fd = -1
             continue
         where = (_memory.storage_key(tensor), tensor.storage_offset())
-        key = (where, local.shape, tensor.stride(), stage)
+        key = (where, local.shape, tensor.stride(), target.stage)
         first = seen.setdefault(key, name) if tensor.numel() else name
         target.alias_of = _native.encode(first) if first != name else None
         fill_memory(target.memory, tensor, shared)
-        if target.memory.fd < 0 and tensor.numel() and not _memory.is_cuda(tensor):
-            raise UnsupportedError(
-                "parameter lies in memory that cannot be lent (pinned, NumPy-backed or mapped)",
-                code=UNIMPLEMENTED,
-                reason="MEMORY",
-                tensor=name,
-                remedy="make the engine's parameter a plain CPU tensor, e.g. tensor.clone()",
-            )
     return array
 
 

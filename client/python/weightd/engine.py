@@ -11,7 +11,7 @@ import weakref
 from types import TracebackType
 from typing import Any, Iterable, Mapping, Optional, Union
 
-from weightd import _memory, _native
+from weightd import _memory, _native, _pull
 from weightd._callbacks import Callbacks, Commit, Convert, Quiesce
 from weightd._params import (
     OPAQUE,
@@ -71,6 +71,9 @@ class EngineRank:
         convert: called on the same thread with every stage in turn, once it is verified: converts
             what was received, whose memory is written again as soon as this returns. For the last
             stage it is called right before ``commit``. Raising poisons the replica.
+        stage_bytes: most bytes of memory for parameters that no worker can map (sleep mode,
+            ``cudaMallocAsync``, NumPy-backed, pinned): they are received there, in as many stages
+            as it takes, copied and compared. Taken only if there are any; 0 refuses them.
         connect_timeout: seconds to wait for the daemon; negative goes on in the background.
         device: that holds this rank's parameters, by the daemon's name: ``host``, ``host.1`` or a
             GPU's UUID; None is ``host``.
@@ -80,7 +83,9 @@ class EngineRank:
         errors.UnavailableError: no daemon answers, or there is no program to spawn.
         errors.LayoutError: unknown architecture, profile or device, a parameter no rule covers,
             bad shapes, stages with a gap or that nobody converts.
-        errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
+        errors.UnsupportedError: memory that can neither be lent nor pulled.
+        errors.SharedMemoryError, errors.ResourceError: /dev/shm, descriptors or GPU memory for the
+            stages; nothing was written.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class EngineRank:
         commit: Optional[Commit] = None,
         stages: Optional[Mapping[str, int]] = None,
         convert: Optional[Convert] = None,
+        stage_bytes: int = _pull.STAGE_BYTES,
         connect_timeout: float = 10.0,
         device: Optional[str] = None,
         worker: str = "daemon",
@@ -122,6 +128,12 @@ class EngineRank:
         ]
         if callable(layout) and (prefer_layout or connect_timeout < 0):
             layout = layout()
+        lent = [i for i, kind in enumerate(numbers) if kind != OPAQUE]
+        shared = _memory.share([pairs[i] for i in lent])
+        self._pull = _pull.plan(pairs, lent, places, shared, stage_bytes)
+        if self._pull is not None:
+            shared |= _memory.share([("stages", self._pull.memory)])
+            callbacks = _pull.callbacks_with(self._pull, callbacks)
         options = _native.EngineOptions(
             address=_native.encode(address),
             model=_native.encode(model),
@@ -141,7 +153,6 @@ class EngineRank:
             device=_native.encode(device),
             worker=_native.worker_number(worker),
         )
-        shared = _memory.share([pair for pair, kind in zip(pairs, numbers) if kind != OPAQUE])
         handle = ctypes.c_void_p()
         _native.check(self._lib.weightd_engine_open(ctypes.byref(options), ctypes.byref(handle)))
         self._handle: int = handle.value or 0
@@ -163,7 +174,7 @@ class EngineRank:
             self._stop,
         )
         try:
-            self._array = param_array(described, pairs, shared, numbers, places)
+            self._array = param_array(described, pairs, shared, numbers, places, self._pull)
             register(self._lib, self._handle, self._array, len(pairs), layout, prefer_layout)
         except BaseException:
             self._close()
@@ -286,6 +297,7 @@ class EngineRank:
             self._thread.join()
         self._close()
         self._params = []
+        self._pull = None
 
     def __enter__(self) -> EngineRank:
         return self

@@ -25,3 +25,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
     fake = FakeLibrary()
     monkeypatch.setattr("weightd._native.library", lambda: fake)
     return fake
+
+
+@pytest.fixture
+def on_gpu(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    """Takes CPU tensors for GPU memory that no worker can map."""
+    monkeypatch.setattr("weightd._memory.is_cuda", lambda tensor: True)
+    return library

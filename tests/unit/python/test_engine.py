@@ -60,13 +60,39 @@ def test_kinds_are_told_and_opaque_parameters_are_not_lent(library: FakeLibrary)
         _engine(kinds={"w": "packed"})
 
 
-def test_memory_that_cannot_be_lent_is_refused(library: FakeLibrary) -> None:
+def test_memory_that_cannot_be_lent_is_refused_where_nothing_may_be_pulled(
+    library: FakeLibrary,
+) -> None:
     tensor = torch.zeros(2)
     tensor.numpy()
     with pytest.raises(errors.UnsupportedError, match="clone") as caught:
-        _engine([("w", tensor)])
+        _engine([("w", tensor)], stage_bytes=0)
     assert caught.value.tensor == "w"
-    assert library.calls == ["open", "close"]
+    assert library.calls == []
+
+
+def test_memory_that_cannot_be_lent_is_received_in_stages(library: FakeLibrary) -> None:
+    tensor = torch.zeros(5, 64)
+    tensor.numpy()
+    with _engine([("a", torch.zeros(2)), ("w", tensor), ("tied", tensor)], stage_bytes=512):
+        assert library.opened["auto_quiesce"] == 0
+        assert [param["pulled"] for param in library.params] == [0, 1, 1]
+        assert [param["stage"] for param in library.params] == [0, 1, 1]
+        assert [param["stage_rows"] for param in library.params] == [0, 2, 2]
+        assert [param["alias_of"] for param in library.params] == [None, None, "w"]
+        library.set_engine_state(pending="prepare")
+        _until(library, lambda: len(library.answers) == 1)
+        for stage in (1, 2):
+            library.set_engine_state(pending="convert", stage=stage)
+            _until(library, lambda stage=stage: len(library.answers) == 1 + stage)
+        library.set_engine_state(pending="commit")
+        _until(library, lambda: len(library.answers) == 4)
+    assert library.answers == [
+        ("quiesced", None, None),
+        ("converted", None, None),
+        ("converted", None, None),
+        ("committed", None, None),
+    ]
 
 
 def test_expanded_parameter_is_refused(library: FakeLibrary) -> None:

@@ -116,6 +116,7 @@ class WeightdTransferEngine(WeightTransferEngine[WeightdInitInfo, WeightdUpdateI
             kinds=self.parameters.kinds,
             stages=self.parameters.stages,
             convert=self._convert,
+            stage_bytes=self._settings.stage_bytes,
             profile=profile(),
             layout=traced_layout(vllm_config) if asked else None,
             prefer_layout=asked,
