@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 from weightd import _adapters, _group, _marshal, _memory, _native
+from weightd._copies import Copies
 from weightd._drive import Drive, DrivenEngine, DriveSettings
 from weightd._run import run_sync
 from weightd._source import NameMap, Source, module_pairs, named_pairs
@@ -42,6 +43,9 @@ class Actor:
             ``deadlines.prepare``), ``keep`` freezes and goes on with them.
         reset_caches: drop what engines computed with older weights before they resume.
         engine_timeout: seconds that a call to an engine may take before the sync fails.
+        copy_bytes: most bytes of GPU memory for copies of tensors that no worker can map (sleep
+            mode, ``cudaMallocAsync``), which are copied on the current stream at every sync; with
+            the default such tensors are refused.
         connect_timeout: seconds to wait for the daemon.
         device: that holds this rank's tensors, by the daemon's name: ``host``, ``host.1`` or a
             GPU's UUID; None is ``host``. `register` raises `errors.LayoutError` for a device that
@@ -70,6 +74,7 @@ class Actor:
         pause_mode: PauseMode = "abort",
         reset_caches: bool = True,
         engine_timeout: float = 4.0,
+        copy_bytes: int = 0,
         connect_timeout: float = 10.0,
         device: Optional[str] = None,
         worker: str = "daemon",
@@ -103,6 +108,8 @@ class Actor:
         self._source: Optional[Source] = None  # what register() was given
         self._described: Optional[Source] = None  # what the daemon knows now
         self._staged: Optional[Source] = None  # keeps tensors of sync(tensors=) alive
+        self._copy_bytes = copy_bytes
+        self._copies: Optional[Copies] = None
         self._version = 0
         self._replicas_checked = False
         self._drive_settings = DriveSettings(pause_mode, reset_caches, engine_timeout)
@@ -146,7 +153,7 @@ class Actor:
             errors.LayoutError: names, placements, shapes or dtypes; names the tensor.
             errors.SharedMemoryError, errors.ResourceError: /dev/shm or descriptors; nothing moved.
             errors.UnsupportedError: a tensor is neither in host memory nor on a GPU, or lies in GPU
-                memory that no other process can map.
+                memory that no worker can map, and its copy is more than ``copy_bytes``.
         """
         with self._exclusive():
             module = tensors if hasattr(tensors, "state_dict") else None
@@ -235,7 +242,7 @@ class Actor:
         if not self._close.alive or os.getpid() != self._pid:
             return
         self._close()
-        self._source = self._described = self._staged = None
+        self._source = self._described = self._staged = self._copies = None
 
     def __enter__(self) -> Actor:
         return self
@@ -258,7 +265,7 @@ class Actor:
                 self._lend(source)
                 self._staged = source
                 options.cuda_stream = _current_stream(source)
-                return None
+                return self._refresh_copies()
             if self._described is None or self._described.layout_key != source.layout_key:
                 self._described = None
                 array = _marshal.tensor_array(source.layout, None)
@@ -278,17 +285,22 @@ class Actor:
         refusal = self._source.moved()
         if refusal is None and self._described is not self._source:
             self._lend(self._source)
-        return refusal
+        return refusal or self._refresh_copies()
+
+    def _refresh_copies(self) -> Optional[Error]:
+        return None if self._copies is None else self._copies.refresh()
 
     def _lend(self, source: Source) -> None:
         """Shares the memory of a source in place and registers it."""
         locals_ = [(local.name, tensor) for local in source.layout for _, tensor in local.shards]
         shared = _memory.share(locals_)
         source.refresh()
-        array = _marshal.tensor_array(source.layout, shared)
+        copies = Copies(source.layout, self._copy_bytes)
+        array = _marshal.tensor_array(copies.lent(source.layout), shared)
         self._described = None
         self._register_native(array, len(source.layout))
         self._described = source
+        self._copies = copies if copies.size_bytes > 0 else None
 
     def _register_native(self, array: ctypes.Array, count: int) -> None:
         _native.check(self._lib.weightd_actor_register(self._handle, array, count))
