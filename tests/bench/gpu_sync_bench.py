@@ -6,6 +6,8 @@ Cases; those that need more GPUs than there are print why they were not run:
     fixed      Qwen2.5-0.5B shapes (290 tensors), 1 trainer rank, float32 -> TP 1 bfloat16 engine, same GPU (P7, P5)
     same       Llama-3.1-8B shapes, 1 trainer rank -> TP 1 engine on the same GPU, float32 and bfloat16 sources
     same_tp2   the same with two trainer ranks and a TP 2 engine, all on one GPU
+    pull       8B, float32 -> TP 1 on the same GPU, every engine parameter in memory of a sleep-mode allocator, in stages of
+               256 MiB and of 1 GiB; `stage_mib` is what the engine's registration takes on the GPU for them
     moe        Qwen3-30B-A3B shapes with 8 of 48 layers, 1 trainer rank, bfloat16 -> TP 1 engine, same GPU
     peer       8B, trainer rank on GPU 0 -> TP 1 engine on GPU 1 (P2)
     peer_nccl  the same by pack, NCCL and scatter (worker.path = "wire"); its floor is raw NCCL, tests/bench/floor_nccl.py (P1)
@@ -28,6 +30,7 @@ import multiprocessing as mp
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -40,6 +43,7 @@ from tests.support.gpu import gpu_uuids, missing_gpu, usage_settled
 from tests.support.llama_engine import empty_params, source_shapes
 from tests.support.moe_engine import moe_params, moe_source_shapes
 from tests.support.trainer_ranks import row_shard
+from tests.support.unlendable import sleep_pool
 from weightd import Actor, EngineRank, new_group
 
 ROUNDS = 9
@@ -73,6 +77,7 @@ class Case:
     engines: tuple[int, ...]
     path: str = "auto"  # worker.path
     crossed: bool = False  # sharded along the dimension that TP does not cut
+    stage_bytes: int = 0  # not 0: no worker can map the engine's parameters
 
     @property
     def num_gpus(self) -> int:
@@ -191,6 +196,7 @@ def _trainer(case: Case, address: str, group: str, rank: int, barrier: Any, out:
             acks.append((time.perf_counter() - begin, ack))
         if rank == 0:
             best = acks[1:]
+            print("path bytes", best[0][1].path_bytes)
             phases = {
                 name: 1e3 * statistics.median(ack.phases.get(name, 0.0) for _, ack in best)
                 for name in best[0][1].phases
@@ -212,17 +218,19 @@ def _trainer(case: Case, address: str, group: str, rank: int, barrier: Any, out:
 
 def _engine(case: Case, address: str, tp_rank: int, barrier: Any, ready: Any) -> None:
     torch.cuda.set_device(case.engines[tp_rank])
-    params = {
-        name: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cuda")
-        for name, tensor in case.params(tp_rank).items()
-    }
+    with torch.cuda.use_mem_pool(sleep_pool()[0]) if case.stage_bytes else nullcontext():
+        params = {
+            name: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cuda")
+            for name, tensor in case.params(tp_rank).items()
+        }
     torch.cuda.synchronize()
     barrier.wait()
+    free = torch.cuda.mem_get_info()[0]
     with EngineRank(
         address, model="bench", engine="bench", architecture=case.architecture, config=case.config,
-        params=params, tp_rank=tp_rank, tp_size=len(case.engines),
+        params=params, tp_rank=tp_rank, tp_size=len(case.engines), stage_bytes=case.stage_bytes,
     ):  # fmt: skip
-        ready.put(tp_rank)
+        ready.put((free - torch.cuda.mem_get_info()[0]) >> 20)
         for _ in range(4):
             barrier.wait()
 
@@ -249,14 +257,15 @@ def run(case: Case) -> dict[str, Any]:
             peer.start()
         try:
             barrier.wait(300)
-            for _ in case.engines:
-                ready.get(timeout=120)
+            stage_mib = [ready.get(timeout=120) for _ in case.engines]
             barrier.wait(120)
             before = [usage_settled(gpu) for gpu in range(case.num_gpus)]
             barrier.wait(120)
             result = out.get(timeout=300)
             barrier.wait(120)
             result["added_mib"] = [usage_settled(gpu) - was for gpu, was in enumerate(before)]
+            if case.stage_bytes:
+                result["stage_mib"] = stage_mib
             barrier.wait(120)
         except BaseException:
             print(cluster.logs(), file=sys.stderr)
@@ -280,6 +289,10 @@ CASES: dict[str, Callable[[], list[Case]]] = {
         Case(f"same_{d}", LLAMA, LLAMA_CLASS, d, (0,), (0,)) for d in ("float32", "bfloat16")
     ],
     "same_tp2": lambda: [Case("same_tp2_float32", LLAMA, LLAMA_CLASS, "float32", (0, 0), (0, 0))],
+    "pull": lambda: [
+        Case(f"pull_{size >> 20}_mib", LLAMA, LLAMA_CLASS, "float32", (0,), (0,), stage_bytes=size)
+        for size in (256 << 20, 1 << 30)
+    ],
     "moe": lambda: [Case("moe", MOE, MOE_CLASS, "bfloat16", (0,), (0,))],
     "peer": lambda: [
         Case(f"peer_{d}", LLAMA, LLAMA_CLASS, d, (0,), (1,)) for d in ("float32", "bfloat16")

@@ -9,7 +9,7 @@ out="$(realpath -m "${2:?usage: bundle_sync.sh BUILD_DIR OUT_DIR}")"
 rm -rf "$out"
 mkdir -p "$out/bin" "$out/lib"
 
-programs=("$build"/bin/{weightd,libweightd.so})
+programs=("$build"/bin/{weightd,weightctl,libweightd.so,libsleep_pool.so})
 for program in mapping/{mapping_owner,mapping_test} ipc/ipc_transport_test wire/wire_bench; do
   programs+=("$build/tests/gpu/$program")
 done

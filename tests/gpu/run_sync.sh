@@ -11,7 +11,7 @@ bin="$root/bin"
 [ -x "$bin/weightd" ] || bin="$root/build/test/bin"
 python="${PYTHON:-python3}"
 [ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
-export WEIGHTD_BIN="$bin/weightd" WEIGHTD_LIBRARY="$bin/libweightd.so"
+export WEIGHTD_BIN="$bin/weightd" WEIGHTCTL_BIN="$bin/weightctl" WEIGHTD_LIBRARY="$bin/libweightd.so"
 export PYTHONPATH="$root/client/python:$root" NCCL_NVLS_ENABLE=0
 # The workers' NCCL is the one that torch brings.
 nccl="$("$python" -c 'import importlib.util as u; s = u.find_spec("nvidia.nccl"); print(list(s.submodule_search_locations)[0] if s else "")' 2>/dev/null)"

@@ -39,6 +39,7 @@ class Scene:
         settings: the daemon's, whole sections; None is one worker for the GPU.
         trainer_environment: of the trainer ranks' processes.
         point: failpoint at which `stop_in_transfer` stops a worker.
+        engine_options: of every engine that is opened, beside those of the model.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class Scene:
         settings: Optional[str] = None,
         trainer_environment: Optional[dict[str, str]] = None,
         point: str = "window.0",
+        engine_options: Optional[dict[str, Any]] = None,
     ) -> None:
         self.folder = folder
         self.point = point
+        self._engine_options = engine_options or {}
         self._trainer_environment = trainer_environment
         self.cluster = Cluster(settings or f'[worker]\ndevices = ["{gpu}"]\n')
         self.peers: list[Peer] = []
@@ -86,6 +89,7 @@ class Scene:
         engine.call(
             "open", key="e", memory="cuda", model=MODEL, engine="e0", dtype="bfloat16",
             architecture="LlamaForCausalLM", config=LARGE, tp_rank=0, tp_size=1,
+            **self._engine_options,
         )  # fmt: skip
 
     def sync(self, trainers: list[Peer], engine: Peer) -> None:

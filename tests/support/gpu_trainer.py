@@ -16,6 +16,7 @@ import torch
 from tests.support.engine_process import serve
 from tests.support.llama_engine import config_biases, source_shapes
 from tests.support.trainer_ranks import row_shard
+from tests.support.unlendable import sleep_pool, unlendable_params
 from weightd import Actor, Error
 
 # About a quarter of a second on an H100 or H200: long beside a sync.
@@ -51,17 +52,26 @@ class Trainer:
         dtype: str,
         device: str = "cuda",
         seed: int = 7,
+        pulled: str = "",
+        copy_bytes: int = 0,
     ) -> dict[str, Any]:
-        """Makes the rank's shards and registers them."""
+        """Makes the rank's shards and registers them.
+
+        ``pulled``: ``some`` or ``all`` of them lie in memory that no worker can map.
+        """
         source = {}
         for name, tensor in full_tensors(config, getattr(torch, dtype), seed).items():
             part = row_shard(tensor, world_size, rank)
             part._local_tensor = part._local_tensor.to(device)
             source[name] = part
-            self._local[name] = part._local_tensor
+        local = {name: part._local_tensor for name, part in source.items()}
+        self._local = unlendable_params(local, pulled)
+        for name, part in source.items():
+            part._local_tensor = self._local[name]
         self._actor = Actor(
-            self._address, model=model, rank=rank, world_size=world_size, group=group
-        )
+            self._address, model=model, rank=rank, world_size=world_size, group=group,
+            copy_bytes=copy_bytes,
+        )  # fmt: skip
         self._actor.register(source)
         return self._actor.state
 
@@ -127,7 +137,15 @@ class Trainer:
             "seconds": time.monotonic() - begin,
             "version": ack.version,
             "committed": sum(replica.committed for replica in ack.replicas),
+            "bytes": ack.bytes,
+            "path_bytes": ack.path_bytes,
+            "verified": ack.verified,
         }
+
+    def sleep(self) -> None:
+        """Takes the pages of unlendable memory away."""
+        torch.cuda.synchronize()
+        sleep_pool()[1].pool_sleep()
 
     def usable(self) -> float:
         """Computes something on the GPU: fails if this process's CUDA context is broken."""
