@@ -29,8 +29,9 @@ SyncOptions SyncOptionsOf(const Config& config) {
   options.catch_up = config.catch_up.enabled;
   options.always_wire = config.worker.path == kWirePath;
   options.wire_bytes = config.worker.wire_bytes;
-  options.verify_beside_on_gpus = config.worker.verify != kVerifyAfter;
-  options.verify_beside_on_host = config.worker.verify == kVerifyBeside;
+  options.verify_when = config.worker.verify == kVerifyBeside  ? VerifyWhen::kBeside
+                        : config.worker.verify == kVerifyAfter ? VerifyWhen::kAfter
+                                                               : VerifyWhen::kAuto;
   return options;
 }
 

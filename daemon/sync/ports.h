@@ -227,6 +227,10 @@ class VersionStore {
   virtual Status Save(const std::string& model, uint64_t highest) = 0;
 };
 
+/// kAuto: beside the transfer on GPUs, if a round has enough bytes to be worth its messages. On a
+/// host the cores that would verify are those that copy.
+enum class VerifyWhen { kAuto, kBeside, kAfter };
+
 /// The limits and deadlines of a sync.
 struct SyncOptions {
   milliseconds admit{15000};
@@ -239,9 +243,7 @@ struct SyncOptions {
   bool catch_up = true;
   bool always_wire = false;          ///< see PathPolicy
   uint64_t wire_bytes = 192u << 20;  ///< staging of one device
-  // Verify beside the transfer, not after it. On a host the cores that would are those that copy.
-  bool verify_beside_on_gpus = true;
-  bool verify_beside_on_host = false;
+  VerifyWhen verify_when = VerifyWhen::kAuto;
 };
 
 }  // namespace weightd

@@ -108,6 +108,7 @@ class SyncSession {
   Status RunStep(Step step, milliseconds limit);
   StepCommand CommandOf(const ReplicaRun& run, const WorkerShare& share, Step step) const;
   void SendSteps(ReplicaRun& run, Step step, milliseconds limit);
+  bool VerifiesBeside(const ReplicaRun& run, const std::string& device) const;
   void StartFollowing(ReplicaRun& run);
   void OnLanded(ReplicaRun& run, const std::string& device, uint32_t target, uint32_t writes);
   void OnAllLanded(ReplicaRun& run, const std::string& device);

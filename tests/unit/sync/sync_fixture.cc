@@ -118,7 +118,9 @@ std::shared_ptr<const ActorRank> MakeActor(int rank, const Scene& scene) {
   actor->rank = rank;
   actor->label = fmt::format("actor {}", rank);
   actor->device = scene.actor_devices[static_cast<size_t>(rank)];
-  actor->shards.boxes = {scene.replicated ? Box{{0}, {4}} : Box{{2 * rank}, {2}}};
+  const int64_t half = scene.elements / 2;
+  actor->shards.boxes = {scene.replicated ? Box{{0}, {scene.elements}}
+                                          : Box{{half * rank}, {half}}};
   actor->shards.first = {0, 1};
   actor->shards.box_index = {0};
   return actor;
@@ -133,7 +135,8 @@ SyncFixture::SyncFixture(const Scene& scene) : scene_(scene) {
   }
   group.id = "g";
   group.world_size = 2;
-  group.table = std::make_shared<const TensorTable>(TensorTable{{"w", {4}, DType::kFloat32}});
+  group.table =
+      std::make_shared<const TensorTable>(TensorTable{{"w", {scene.elements}, DType::kFloat32}});
   group.lost.resize(2);
   for (int rank = 0; rank < 2; ++rank) {
     group.ranks.push_back(MakeActor(rank, scene));
@@ -260,8 +263,9 @@ StatusOr<std::shared_ptr<const ReplicaPlan>> SyncFixture::PlanFor(const GroupVie
   std::shared_ptr<const ReplicaPlan>& cached = plans_[view.engine];
   if (cached != nullptr) return cached;
   auto layout = std::make_shared<RankLayout>();
-  layout->params = {{"w", {4}, DType::kFloat32}};
-  layout->writes = {{.source = WholeBox({4}), .target = WholeBox({4})}};
+  layout->params = {{"w", {scene_.elements}, DType::kFloat32}};
+  const Box whole = WholeBox({scene_.elements});
+  layout->writes = {{.source = whole, .target = whole}};
   const std::vector<RankShards> shards = {group.ranks[0]->shards, group.ranks[1]->shards};
   const RankLayout* const layouts[] = {layout.get()};
   WEIGHTD_ASSIGN_OR_RETURN(CompiledPlan compiled,

@@ -33,6 +33,7 @@ struct Scene {
   std::vector<std::string> actor_devices = {"host", "host"};
   std::vector<std::string> engine_devices = {};  ///< the last one is that of all further engines
   std::vector<uint32_t> stages = {};  ///< per engine; the last one is that of all further engines
+  int64_t elements = 4;               ///< float32, of the only tensor
   bool replicated = false;            ///< both ranks hold all of the tensor, not half of it each
   bool wire = false;                  ///< between different devices bytes go over a wire
 };

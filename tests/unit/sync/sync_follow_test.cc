@@ -16,7 +16,7 @@ struct Following : SyncFixture {
                      .engine_devices = {"host.2"},
                      .stages = std::move(stages)}) {
     facts["host.2"].follows = true;
-    sync_options.verify_beside_on_host = true;
+    sync_options.verify_when = VerifyWhen::kBeside;
   }
   // The log without plans.
   Strings Steps() const {
@@ -36,20 +36,27 @@ TEST_CASE("a worker verifies beside the transfer and is not asked again") {
   CHECK(fixture.outcomes == Strings{"engine e0: committed"});
 }
 
-TEST_CASE("a host verifies after the transfer unless it is told otherwise") {
-  Following fixture;
-  fixture.sync_options.verify_beside_on_host = false;
-  REQUIRE(fixture.Sync(1).error.ok());
-  CHECK(fixture.Steps() == Strings{"transfer", "transfer host.1", "verify host.2"});
+TEST_CASE("a host, and whoever is told so, verifies after the transfer") {
+  for (const VerifyWhen when : {VerifyWhen::kAuto, VerifyWhen::kAfter}) {
+    Following fixture;
+    fixture.sync_options.verify_when = when;
+    REQUIRE(fixture.Sync(1).error.ok());
+    CHECK(fixture.Steps() == Strings{"transfer", "transfer host.1", "verify host.2"});
+  }
 }
 
-TEST_CASE("a GPU's worker verifies beside the transfer, one of an earlier release after it") {
+TEST_CASE("a GPU verifies large rounds beside the transfer, with a worker that can") {
   const std::string gpu = "GPU-12345678-1234-1234-1234-123456789abc";
-  for (const bool follows : {true, false}) {
-    SyncFixture fixture({.actor_devices = {"host", "host"}, .engine_devices = {gpu}});
-    fixture.facts[gpu].follows = follows;
-    REQUIRE(fixture.Sync(1).error.ok());
-    CHECK(fixture.worker_log.back() == (follows ? "landed 0 all " : "verify ") + gpu);
+  for (const bool large : {true, false}) {
+    for (const bool follows : {true, false}) {
+      const Scene scene = {.actor_devices = {"host", "host"},
+                           .engine_devices = {gpu},
+                           .elements = large ? int64_t{1} << 30 : 4};
+      SyncFixture fixture(scene);
+      fixture.facts[gpu].follows = follows;
+      REQUIRE(fixture.Sync(1).error.ok());
+      CHECK(fixture.worker_log.back() == (large && follows ? "landed 0 all " : "verify ") + gpu);
+    }
   }
 }
 
