@@ -1,7 +1,5 @@
 #include "daemon/transport/ipc/table_run.h"
 
-#include <algorithm>
-
 #include "daemon/device/cuda/pitched_copy.h"
 
 namespace weightd {
@@ -10,12 +8,8 @@ StatusOr<Lane> Lane::Create(cuda::DeviceId device) {
   Lane lane;
   lane.device_ = device;
   WEIGHTD_ASSIGN_OR_RETURN(lane.kernels_, cuda::Stream::Create(device, true));
-  for (cuda::Stream& copies : lane.copies_) {
-    WEIGHTD_ASSIGN_OR_RETURN(copies, cuda::Stream::Create(device, true));
-  }
-  for (cuda::Event& copied : lane.copied_) {
-    WEIGHTD_ASSIGN_OR_RETURN(copied, cuda::Event::Create(device));
-  }
+  WEIGHTD_ASSIGN_OR_RETURN(lane.copies_, cuda::Stream::Create(device, true));
+  WEIGHTD_ASSIGN_OR_RETURN(lane.copied_, cuda::Event::Create(device));
   for (cuda::Event& group : lane.groups_) {
     WEIGHTD_ASSIGN_OR_RETURN(group, cuda::Event::Create(device));
   }
@@ -23,33 +17,31 @@ StatusOr<Lane> Lane::Create(cuda::DeviceId device) {
 }
 
 Status Lane::Synchronize() const {
-  Status status = kernels_.Synchronize();
-  for (const cuda::Stream& copies : copies_) status.Update(copies.Synchronize());
-  return status;
+  const Status copied = copies_.Synchronize();
+  const Status done = kernels_.Synchronize();
+  return copied.ok() ? done : copied;
 }
 
 std::string TableRun::NameAt(uint32_t window) const {
   return window < num_windows() ? binder_->ParamAt(loaded_->windows[window].first) : "";
 }
 
-/// Kernels run on one stream, copy engines on others, which the first then waits for.
+/// Kernels run on one stream, the copy engine on another, which the first then waits for.
 Status TableRun::LaunchWindows(uint32_t first, uint32_t end, int blocks) {
   const cuda::StreamRef stream = lane_->kernels_.ref();
-  size_t copies = 0;
+  bool copies = false;
   for (uint32_t w = first; w < end; ++w) {
     for (const EngineCopy& copy : loaded_->windows[w].copies) {
-      WEIGHTD_RETURN_IF_ERROR(
-          cuda::CopyPitched(copy.shape, loaded_->bases[copy.from_range] + copy.from_offset,
-                            loaded_->bases[copy.to_range] + copy.to_offset, lane_->device_,
-                            lane_->copies_[copies++ % 2].ref()));
+      copies = true;
+      WEIGHTD_RETURN_IF_ERROR(cuda::CopyPitched(
+          copy.shape, loaded_->bases[copy.from_range] + copy.from_offset,
+          loaded_->bases[copy.to_range] + copy.to_offset, lane_->device_, lane_->copies_.ref()));
     }
   }
   WEIGHTD_RETURN_IF_ERROR(cuda::Launch(loaded_->table, first, end, loaded_->words, blocks, stream));
-  for (size_t i = 0; i < std::min<size_t>(copies, 2); ++i) {
-    WEIGHTD_RETURN_IF_ERROR(lane_->copied_[i].Record(lane_->copies_[i].ref()));
-    WEIGHTD_RETURN_IF_ERROR(lane_->kernels_.Wait(lane_->copied_[i].ref()));
-  }
-  return absl::OkStatus();
+  if (!copies) return absl::OkStatus();
+  WEIGHTD_RETURN_IF_ERROR(lane_->copied_.Record(lane_->copies_.ref()));
+  return lane_->kernels_.Wait(lane_->copied_.ref());
 }
 
 uint32_t TableRun::NumLanded() const {

@@ -39,10 +39,8 @@ class Lane {
   friend class TableRun;
   cuda::DeviceId device_{};
   cuda::Stream kernels_;
-  /// Of the copy engines, used in turns so that the start of a copy hides behind another; joined to
-  /// kernels_ after every group.
-  cuda::Stream copies_[2];
-  cuda::Event copied_[2];
+  cuda::Stream copies_;  ///< of the copy engine; joined to kernels_ after every group
+  cuda::Event copied_;
   cuda::Event groups_[2];  ///< the ends of the two groups of windows that may be under way
 };
 
