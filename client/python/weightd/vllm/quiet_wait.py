@@ -41,10 +41,13 @@ def install() -> None:
 def asleep(queues: Any) -> Iterator[None]:
     """Who reads from vLLM's message queues sleeps at once until something is written.
 
+    Does nothing with a vLLM whose queues are made otherwise.
+
     Args:
         queues: `vllm.distributed.device_communicators.shm_broadcast.MessageQueue`; the caller reads.
     """
-    conditions = [queue._spin_condition for queue in queues if queue._spin_condition is not None]
+    conditions = [getattr(queue, "_spin_condition", None) for queue in queues]
+    conditions = [condition for condition in conditions if hasattr(condition, "busy_loop_s")]
     before = [condition.busy_loop_s for condition in conditions]
     for condition in conditions:
         condition.busy_loop_s = 0
