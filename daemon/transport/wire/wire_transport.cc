@@ -82,12 +82,18 @@ Status WireTransport::Note(Status status) {
   return status;
 }
 
+Status WireTransport::Reserve(uint64_t bytes) {
+  Status status = stage_->Reserve(bytes);
+  staging_bytes_.store(stage_->ring_bytes(), std::memory_order_relaxed);
+  return status;
+}
+
 void WireTransport::Close(uint64_t plan) {
   const auto it = wires_.find(plan);
   if (it == wires_.end()) return;
   it->second.wire->Abort();
   wires_.erase(it);
-  if (wires_.empty()) (void)stage_->Reserve(0);
+  if (wires_.empty()) (void)Reserve(0);
 }
 
 Status WireTransport::Open(const Offer& offer, const WireSchedule& schedule,
@@ -100,7 +106,7 @@ Status WireTransport::Open(const Offer& offer, const WireSchedule& schedule,
   }
   Opened opened{.number = offer.wire};
   const auto join = [&]() -> Status {
-    WEIGHTD_RETURN_IF_ERROR(stage_->Reserve(RingBytes(schedule.slots)));
+    WEIGHTD_RETURN_IF_ERROR(Reserve(RingBytes(schedule.slots)));
     WEIGHTD_ASSIGN_OR_RETURN(
         opened.wire,
         maker_->Open(offer.id, schedule.rank, static_cast<uint32_t>(schedule.devices.size())));
@@ -112,7 +118,7 @@ Status WireTransport::Open(const Offer& offer, const WireSchedule& schedule,
     return joined;
   }
   if (opened.wire != nullptr) opened.wire->Abort();
-  if (wires_.empty()) (void)stage_->Reserve(0);
+  if (wires_.empty()) (void)Reserve(0);
   return Note(joined);
 }
 

@@ -17,7 +17,7 @@
 namespace weightd {
 
 /// The wires of one worker, one per plan, which share one staging ring.
-/// Thread safety: MakeId from any thread, all else from one.
+/// Thread safety: MakeId and staging_bytes from any thread, all else from one.
 class WireTransport {
  public:
   /// How a wire is joined.
@@ -43,7 +43,7 @@ class WireTransport {
   /// Ends the wire of a plan, if there is one. \pre no Transfer is running
   void Close(uint64_t plan);
   /// Staging that is held now.
-  uint64_t staging_bytes() const { return stage_->ring_bytes(); }
+  uint64_t staging_bytes() const { return staging_bytes_.load(std::memory_order_relaxed); }
 
   /// Digests of what was sent, by engine rank.
   using Digests = std::vector<std::pair<uint32_t, RankDigests>>;
@@ -67,6 +67,7 @@ class WireTransport {
   };
 
   Status Note(Status status);
+  Status Reserve(uint64_t bytes);
   Status Join(Opened& opened, const Offer& offer, const WireSchedule& schedule,
               const std::atomic<bool>& cancelled);
   StatusOr<Digests> RunTurns(Opened& opened, const BoundPlan& plan, const WireSchedule& schedule,
@@ -75,6 +76,7 @@ class WireTransport {
   const std::unique_ptr<WireMaker> maker_;
   const std::unique_ptr<WireStage> stage_;
   std::map<uint64_t, Opened> wires_;  ///< by plan handle
+  std::atomic<uint64_t> staging_bytes_{0};
   bool broken_ = false;
 };
 
