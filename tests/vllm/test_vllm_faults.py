@@ -182,7 +182,7 @@ def test_failed_syncs_then_ten_good_ones(cluster: Cluster, tmp_path: Path) -> No
         # Nobody drives the engine: the error says what to do, and the engine serves on.
         with pytest.raises(Error, match=r"pass engines=\[\.\.\.\] to the Actor"):
             trainer.sync(1)
-        assert not any(state["dirty"] for state in _states(engine))
+        _await_states(engine, lambda state: not state["dirty"])
         engine.call("generate", prompts=PROMPTS, count=2)
 
         # The worker process of weightd dies while it writes.
