@@ -1,8 +1,10 @@
 #include "daemon/transport/shm/shm_transport.h"
 
+#include <atomic>
 #include <catch2/catch.hpp>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "daemon/base/status.h"
@@ -288,14 +290,14 @@ TEST_CASE("a verification beside the transfer reads what has landed, and waits f
   std::atomic<uint32_t> landed = 0;
   RunControl follows;
   follows.landed = &landed;
+  uint32_t windows_verified = 0, landed_then = 0;
+  follows.on_window = [&](uint32_t windows, uint64_t, const std::string&) {
+    windows_verified = windows;
+    landed_then = landed;
+  };
   StatusOr<RankDigests> verified = RankDigests();
   std::jthread beside([&] { verified = verifier.Verify(fixture->plan(), 0, follows); });
   RunControl control;
-  uint32_t windows_verified = 0;
-  follows.on_window = [&](uint32_t windows, uint64_t, const std::string&) {
-    CHECK(landed == kAllLanded);  // the fixture is smaller than a window of Verify
-    windows_verified = windows;
-  };
   control.on_landed = [&](uint32_t, uint32_t writes) {
     std::this_thread::sleep_for(milliseconds(1));
     landed = writes;
@@ -305,7 +307,8 @@ TEST_CASE("a verification beside the transfer reads what has landed, and waits f
   REQUIRE(transferred.ok());
   REQUIRE(verified.ok());
   CHECK(*verified == *transferred);
-  CHECK(windows_verified == 1);
+  CHECK(windows_verified == 1);  // the fixture is smaller than a window of Verify
+  CHECK(landed_then == kAllLanded);
 }
 
 TEST_CASE("a verification that waits for bytes can be cancelled and has a deadline") {

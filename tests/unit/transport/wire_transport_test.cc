@@ -188,8 +188,9 @@ Status RunDevice(World& world, Params& params, const std::string& device, const 
       if (round == 1) Add(target, rank, words);
     }
   }
-  CHECK(wires.staging_bytes() <= wire_bytes);
-  return absl::OkStatus();
+  // Catch's own macros are for one thread.
+  if (wires.staging_bytes() <= wire_bytes) return absl::OkStatus();
+  return Error(StatusCode::kInternal, "", "", "staging is too large: {}", wires.staging_bytes());
 }
 
 TEST_CASE("the wire lands what shm lands, and its digests are the same") {
